@@ -1,0 +1,55 @@
+# make demo   the main job on the software TEE          (about 1 minute the first time, then 2 seconds)
+# make test   all tests that need no VM                 (about 2 minutes)
+# make help   the rest
+
+PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo /usr/bin/python3 || echo python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check lab-test docs clean
+
+help:
+	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
+	@echo 'make test      unit, property, fuzz and process tests'
+	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
+	@echo 'make lab-test  boot a real guest under a QEMU built from source (first time: about 10 minutes)'
+	@echo 'make docs      generate the tables of the documentation from the code'
+	@echo 'make clean     remove the virtual environment and caches of this folder'
+
+# Sets up a virtual environment in this folder; PYTHON may name another interpreter, of version 3.11 or newer.
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -m lab.hostdeps --for base
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m virtio_tee demo
+
+test: $(READY)
+	$(RUN) -m pytest -q
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) docs/generate.py --check
+
+lab-test: $(READY)
+	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m lab.qemu build
+	$(RUN) -m lab.qemu qtest
+	$(RUN) -m lab.qemu checkpatch
+	$(RUN) -m lab.qemu image
+	$(RUN) -m pytest -q -m lab tests/lab
+
+docs: $(READY)
+	$(RUN) docs/generate.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

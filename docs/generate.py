@@ -1,0 +1,445 @@
+"""Fills the generated blocks of the documentation from the definitions in the code. ``make docs`` runs it.
+
+    python docs/generate.py            rewrite docs/*.md and README.md
+    python docs/generate.py --check    change nothing; name what differs and exit 1
+
+A block stands between two marks, the first of which names what belongs there::
+
+    <!-- generated: layout Config -->
+    <!-- end generated -->
+
+========================  ==================================================================================
+layout NAME               the fields of the construct definition NAME in device/wire.py
+enum NAME                 numbers and names of an enum in device/wire.py
+queues, feature-bits      the device's queues and feature bits
+requests, events          types, their layouts, and what they take
+statuses                  status codes, when they come and which result goes with each
+rpc-commands              RPC commands, who serves each, and the answer where nobody does
+machine NAME              the state diagram of ``device.machines.MACHINES[NAME]``
+features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
+requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
+========================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from device import messages, wire  # noqa: E402
+from device.messages import Body, Tail  # noqa: E402
+from device.requests import STATUS_RESULT  # noqa: E402
+from pyvhost.codec import Codec, Field  # noqa: E402
+from tee.results import describe  # noqa: E402
+from tee.rpc import describe_command  # noqa: E402
+
+SPECIFICATION = "docs/specification.md"
+BLOCK = re.compile(r"<!-- generated: (?P<what>[^\n]+?) -->\n(?P<old>.*?)<!-- end generated -->", re.DOTALL)
+REQUIREMENT = re.compile(
+    r"^- \*\*\[(?P<id>(?:DEV|DRV)-[A-Z]{2,4}-\d+)\]\*\* (?P<text>.+?)(?=^- |^\n|\Z)", re.DOTALL | re.MULTILINE
+)
+HEADING = re.compile(r"^(#{1,6}) (.+)$", re.MULTILINE)
+
+
+class DocsError(Exception):
+    """A block that cannot be filled: its author's mistake."""
+
+
+# -- small helpers for Markdown
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; bars within cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def anchor(heading: str) -> str:
+    """The fragment by which a heading is linked, as GitHub makes it."""
+    text = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip()).lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def _heading_for(name: str) -> str:
+    return f"[{name}](#{anchor(name)})"
+
+
+# -- blocks made of the wire definitions
+
+
+def _definition(name: str) -> Any:
+    definition = getattr(wire, name, None)
+    if not hasattr(definition, "subcons"):
+        raise DocsError(f"device/wire.py defines no layout {name!r}")
+    return definition
+
+
+def layout(name: str) -> str:
+    """The table of one layout."""
+    codec = Codec(name, _definition(name))
+    rows = [[str(f.offset), str(f.size), _kind(f), _name(f), f.docs] for f in codec.fields]
+    return f"`{name}`, {codec.size} bytes:\n\n" + table(["offset", "size", "type", "field", "description"], rows)
+
+
+def _kind(field: Field) -> str:
+    return field.kind
+
+
+def _name(field: Field) -> str:
+    return f"*{field.name}*" if field.name in {"reserved", "ignored"} else f"`{field.name}`"
+
+
+def enum(name: str) -> str:
+    """Numbers and names of an enum."""
+    cls = getattr(wire, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Enum)):
+        raise DocsError(f"device/wire.py defines no enum {name!r}")
+    return table([f"`{name}`", "name"], [[str(member.value), member.name] for member in cls])
+
+
+def queues() -> str:
+    """The virtqueues."""
+    rows = []
+    for queue in wire.Queue:
+        many = queue is wire.Queue.REQUEST
+        name = "request queues" if many else f"{queue.name.lower()} queue"
+        rows.append([f"{int(queue)}{' …' if many else ''}", name, wire.QUEUE_DOCS[queue]])
+    return table(["number", "name", "for"], rows)
+
+
+def feature_bits() -> str:
+    """The device's own feature bits."""
+    rows = [[str(f.value.bit_length() - 1), _heading_or_name(f), wire.FEATURE_DOCS[f]] for f in wire.Feature]
+    return table(["bit", "name", "meaning"], rows)
+
+
+def _heading_or_name(feature: wire.Feature) -> str:
+    name = feature.name or "?"
+    return _heading_for(name)
+
+
+def _body(body: Body | None) -> str:
+    if body is None or not (body.codec.size or body.tail is not Tail.NONE):
+        return "–"
+    return f"`{body.codec.name}`" + ("" if body.tail is Tail.NONE else f" + {body.tail.value}")
+
+
+def requests() -> str:
+    """The request types."""
+    rows = []
+    for number, kind in messages.REQUESTS.items():
+        request = wire.Request(number)
+        rows.append(
+            [
+                f"0x{number:04x}",
+                _heading_for(request.name),
+                wire.REQUEST_DOCS[request],
+                kind.queue.name.lower(),
+                kind.feature.name or "–",
+                "yes" if kind.context else "0",
+                _body(kind.body),
+                _body(kind.response),
+            ]
+        )
+    return table(["type", "name", "what it is for", "queue", "feature", "context", "body", "response"], rows)
+
+
+def events() -> str:
+    """The event types."""
+    features = {
+        wire.Event.RPC: wire.Feature.RPC,
+        wire.Event.RPC_WITHDRAWN: wire.Feature.RPC,
+        wire.Event.NOTIFICATION: wire.Feature.NOTIFICATION,
+    }
+    rows = []
+    for number, body in messages.EVENTS.items():
+        event = wire.Event(number)
+        feature = features.get(event)
+        rows.append(
+            [
+                f"0x{number:04x}",
+                _heading_for(event.name),
+                wire.EVENT_DOCS[event],
+                (feature.name or "–") if feature else "–",
+                _body(body),
+            ]
+        )
+    return table(["type", "name", "what it says", "feature", "body"], rows)
+
+
+def statuses() -> str:
+    """The status codes."""
+    rows = []
+    for status in wire.Status:
+        code = "the TEE's" if status is wire.Status.OK else describe(STATUS_RESULT[status])
+        rows.append([str(int(status)), status.name, wire.STATUS_DOCS[status], code])
+    return table(["status", "name", "when", "`ret`"], rows)
+
+
+def rpc_commands() -> str:
+    """The RPC commands."""
+    rows = []
+    for command, (server, code) in wire.RPC_SERVERS.items():
+        ocall = command == wire.RPC_OCALL
+        rows.append(
+            [
+                hex(command) if ocall else str(command),
+                "OCALL" if ocall else describe_command(command),
+                server.value,
+                describe(code),
+            ]
+        )
+    rows.append(["others", "", "supplicant, if the device lets them pass", "NOT_SUPPORTED"])
+    return table(["command", "name", "served by the guest's", "otherwise the TEE gets"], rows)
+
+
+# -- state machines
+
+
+def machine(name: str) -> str:
+    """A state diagram, and what its states and events mean."""
+    from device.machines import MACHINES
+
+    if name not in MACHINES:
+        raise DocsError(f"device/machines.py has no machine {name!r}; it has {', '.join(MACHINES)}")
+    it = MACHINES[name]
+    arrows: dict[tuple[str, str, str], list[str]] = {}
+    states: dict[Enum, None] = {it.initial: None}
+    events: dict[Enum, None] = {}
+    for (state, event), (after, action) in it.transitions.items():
+        states[state] = states[after] = None
+        events[event] = None
+        does = "" if action.name == "NONE" else str(action.value)
+        arrows.setdefault((state.name, after.name, does), []).append(event.name)
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {it.initial.name}"]
+    for (before, after_name, does), names in arrows.items():
+        label = ", ".join(names) + (f" / {does}" if does else "")
+        lines.append(f"    {before} --> {after_name} : {re.sub('[:;]', ',', label)}")
+    lines += [f"    {state.name} --> [*]" for state in states if state in it.final]
+    lines.append("```")
+    meaning = table(["state", "meaning"], [[s.name, str(s.value)] for s in states])
+    happens = table(["event", "meaning"], [[e.name, str(e.value)] for e in events])
+    return "\n".join(lines) + f"\n\n{meaning}\n{happens}"
+
+
+# -- requirements and tests
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One numbered requirement: its id, its whole text on one line, and the heading that it stands under."""
+
+    id: str
+    text: str
+    heading: str
+
+
+def requirement_list(specification: str) -> list[Requirement]:
+    """All requirements of a specification's text, in order."""
+    headings = [(found.start(), found[2]) for found in HEADING.finditer(specification)]
+    out = []
+    for found in REQUIREMENT.finditer(specification):
+        under = [heading for at, heading in headings if at < found.start()]
+        out.append(Requirement(found["id"], " ".join(found["text"].split()), under[-1] if under else ""))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A test (or class, or module) with a marker: ``node`` as pytest names it, and the marker's arguments."""
+
+    node: str
+    marker: str
+    arguments: tuple[str, ...]
+
+
+def marked_tests(root: Path) -> list[Marked]:
+    """What markers the tests under ``root`` carry, by reading their source."""
+    out: list[Marked] = []
+    for path in sorted((root / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        out += _marked(tree, path.relative_to(root).as_posix())
+    return out
+
+
+def _marked(tree: ast.Module | ast.ClassDef, node: str) -> Iterator[Marked]:
+    for child in tree.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{node}::{child.name}"
+            for decorator in child.decorator_list:
+                yield from _markers(decorator, name)
+            if isinstance(child, ast.ClassDef):
+                yield from _marked(child, name)
+        elif isinstance(child, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "pytestmark" for target in child.targets
+        ):
+            values = child.value.elts if isinstance(child.value, ast.List | ast.Tuple) else [child.value]
+            for value in values:
+                yield from _markers(value, node)
+
+
+def _markers(expression: ast.expr, node: str) -> Iterator[Marked]:
+    if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute)):
+        return
+    owner = expression.func.value
+    if not (isinstance(owner, ast.Attribute) and owner.attr == "mark"):
+        return
+    arguments = tuple(
+        argument.value
+        for argument in expression.args
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    )
+    yield Marked(node, expression.func.attr, arguments)
+
+
+def _proof(nodes: list[str], prefix: str, most: int = 3) -> str:
+    """Links to tests, the first few of them."""
+    links = []
+    for node in nodes[:most]:
+        path, _, name = node.partition("::")
+        links.append(f"[`{name or path.rpartition('/')[2]}`]({prefix}{path})")
+    if len(nodes) > most:
+        links.append(f"and {len(nodes) - most} more")
+    return ", ".join(links) or "—"
+
+
+def features(prefix: str) -> str:
+    """What works, and the tests that prove it: there is no row without a test."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for test in marked_tests(ROOT):
+        if test.marker == "feature":
+            for title in test.arguments:
+                group, _, name = title.rpartition(": ")
+                groups.setdefault(group or "Other", {}).setdefault(name, []).append(test.node)
+    rows = []
+    for group, titles in groups.items():
+        rows.append([f"**{group}**", ""])
+        rows += [[title, _proof(nodes, prefix)] for title, nodes in titles.items()]
+    return table(["feature", "what proves it"], rows or [["nothing yet", "—"]])
+
+
+def requirements(prefix: str) -> str:
+    """Every requirement with the tests that show it."""
+    shown: dict[str, list[str]] = {}
+    for test in marked_tests(ROOT):
+        if test.marker == "requirement":
+            for ident in test.arguments:
+                shown.setdefault(ident, []).append(test.node)
+    known = requirement_list((ROOT / SPECIFICATION).read_text(encoding="utf-8"))
+    unknown = sorted(set(shown) - {r.id for r in known})
+    if unknown:
+        raise DocsError(f"tests are marked with requirements that the specification has not: {', '.join(unknown)}")
+    rows = [
+        [f"[{r.id}](specification.md#{anchor(r.heading)})", _first_words(r.text), _proof(shown.get(r.id, []), prefix)]
+        for r in known
+    ]
+    tested = sum(r.id in shown for r in known)
+    counts = f"{len(known)} requirements, {tested} of them with a test.\n\n"
+    return counts + table(["requirement", "begins", "shown by"], rows)
+
+
+def _first_words(text: str, most: int = 16) -> str:
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    words = plain.split()
+    return " ".join(words) if len(words) <= most else " ".join(words[:most]).rstrip(",:;") + " …"
+
+
+# -- files
+
+
+NAMED: dict[str, Callable[[str], str]] = {"layout": layout, "enum": enum, "machine": machine}
+PLAIN: dict[str, Callable[[], str]] = {
+    "queues": queues,
+    "feature-bits": feature_bits,
+    "requests": requests,
+    "events": events,
+    "statuses": statuses,
+    "rpc-commands": rpc_commands,
+}
+FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements}
+
+
+def block(what: str, prefix: str) -> str:
+    """The content of one block. ``prefix`` leads from the file to the top folder."""
+    kind, _, name = what.partition(" ")
+    if kind in NAMED and name:
+        return NAMED[kind](name)
+    if kind in PLAIN and not name:
+        return PLAIN[kind]()
+    if kind in FROM_TESTS and not name:
+        return FROM_TESTS[kind](prefix)
+    raise DocsError(f"unknown kind of block: {what!r}")
+
+
+def fill(text: str, prefix: str) -> str:
+    """``text`` with all its blocks made anew."""
+
+    def put(found: re.Match[str]) -> str:
+        content = block(found["what"], prefix)
+        return f"<!-- generated: {found['what']} -->\n{content}<!-- end generated -->"
+
+    filled = BLOCK.sub(put, text)
+    if filled.count("<!-- generated: ") != len(BLOCK.findall(filled)):
+        raise DocsError("a generated block has no end")
+    return filled
+
+
+def files() -> list[Path]:
+    """The files that may hold blocks."""
+    readme = ROOT / "README.md"
+    return [*sorted((ROOT / "docs").glob("*.md")), *([readme] if readme.exists() else [])]
+
+
+def drifted() -> list[tuple[Path, str]]:
+    """The files that differ from what they should hold, with that."""
+    out = []
+    for path in files():
+        text = path.read_text(encoding="utf-8")
+        try:
+            filled = fill(text, "../" if path.parent != ROOT else "")
+        except DocsError as e:
+            raise DocsError(f"{path.relative_to(ROOT)}: {e}") from None
+        if filled != text:
+            out.append((path, filled))
+    return out
+
+
+def _where(old: str, new: str) -> str:
+    """Which blocks differ."""
+    pairs = zip(BLOCK.finditer(old), BLOCK.finditer(new), strict=True)
+    return ", ".join(a["what"] for a, b in pairs if a["old"] != b["old"])
+
+
+def main(arguments: list[str]) -> int:
+    """Run as a program: the exit code."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python docs/generate.py [--check]", file=sys.stderr)
+        return 2
+    try:
+        changed = drifted()
+    except DocsError as e:
+        print(f"docs/generate.py: {e}", file=sys.stderr)
+        return 1
+    for path, text in changed:
+        name = path.relative_to(ROOT)
+        blocks = _where(path.read_text(encoding="utf-8"), text)
+        if arguments:
+            print(f"{name} differs from the definitions ({blocks}): run `make docs`", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"{name}: {blocks}")
+    return 1 if arguments and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

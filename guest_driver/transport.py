@@ -1,0 +1,39 @@
+"""What the driver needs of a virtio transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pyvhost.vring.api import DriverQueue
+from tee.memory import Memory
+
+
+class Transport(Protocol):
+    """A virtio device that has been found, negotiated with and started: all its queues run."""
+
+    features: int
+    """Negotiated feature bits."""
+
+    queues: Sequence[DriverQueue]
+
+    def read_config(self, size: int) -> bytes:
+        """The first ``size`` bytes of the config space, of one generation."""
+
+    def kick(self, index: int) -> None:
+        """Tell the device that queue ``index`` has new requests."""
+
+    def fileno(self) -> int:
+        """Readable when the device has signalled."""
+
+    def acknowledge(self) -> bool:
+        """Consume the device's signals. True if the config space may have changed."""
+
+    def allocate(self, size: int) -> Memory:
+        """Memory that the device can reach: page-aligned, zeroed, with its ``ranges``. Raises MemoryError."""
+
+    def release(self, memory: Memory) -> None:
+        """Give it back."""
+
+    def close(self) -> None:
+        """Reset the device and let go of it."""

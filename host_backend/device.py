@@ -1,0 +1,243 @@
+"""The TEE device as a vhost-user device: rings in, requests to the guest's epoch; responses and events back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from device.config import Config, Limits
+from device.machines import LIFE, LifeAction, LifeEvent, LifeState
+from device.messages import CONFIG
+from device.requests import RESPONSE_HEADER_SIZE, refusal
+from device.wire import Feature, Queue, Status
+from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
+from host_backend.router import Router
+from host_backend.slots import Leased
+from host_backend.trace import Trace
+from pyvhost.device import Device, Link
+from pyvhost.vring.api import Chain, DeviceQueue
+
+log = logging.getLogger(__name__)
+
+_NOTIFY_EVERY = 4
+"""Completions after which the driver is signalled while the device goes on working."""
+
+_BUDGET = 64
+"""Requests taken from one ring before others have their turn."""
+
+
+class TeeDevice(Device):
+    """One guest's device. ``vm`` names the guest to the TEE; ``new_epoch`` gives fresh random 64-bit numbers."""
+
+    max_queue_size = 1024
+    features = int(IMPLEMENTED_FEATURES)
+    config_size = CONFIG.size
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        vm: str,
+        limits: Limits,
+        request_queues: int,
+        clock: Callable[[], float],
+        new_epoch: Callable[[], int],
+        trace: Trace | None = None,
+    ) -> None:
+        self.num_queues = Queue.REQUEST + request_queues
+        self.router = router
+        self.vm = vm
+        self.limits = limits
+        self.life = LifeState.FRESH
+        self._request_queues = request_queues
+        self._clock = clock
+        self._new_epoch = new_epoch
+        self._trace = trace
+        self._draining: set[Epoch] = set()
+        self._running: set[int] = set()
+        self._dirty: set[int] = set()
+        self._completed = 0
+        self._connected = False
+        self.epoch = self._begin(0)
+
+    # -- config space
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        config = Config(self.epoch.number, self.router.tee.info, self._request_queues, self.limits)
+        return config.pack()[offset : offset + length]
+
+    # -- life
+
+    def _begin(self, not_this: int) -> Epoch:
+        number = not_this
+        while number in (0, not_this):
+            number = self._new_epoch()
+        return Epoch(
+            number,
+            self.router.tee,
+            self,
+            vm=self.vm,
+            features=Feature(self.acked_features) & IMPLEMENTED_FEATURES,
+            limits=self.limits,
+            clock=self._clock,
+            on_drained=self._on_drained,
+            trace=self._trace,
+        )
+
+    def _live(self, event: LifeEvent) -> LifeAction:
+        before = self.life
+        self.life, action = LIFE.step(self.life, event)
+        if self.life is not before:
+            if self._trace is not None:
+                self._trace.mark(self.vm, self.life.value, because=event.value)
+            log.debug("vm %s: %s (%s)", self.vm, self.life.value, event.value)
+        if action is LifeAction.END:
+            old, self.epoch = self.epoch, self._begin(self.epoch.number)
+            self._draining.add(old)
+            self.router.touched = True
+            if self._connected:
+                self.link.config_changed()
+            old.end()
+        elif action is LifeAction.SERVE:
+            for index in self._running:
+                self.link.wake(index)
+        return action
+
+    def _on_drained(self, epoch: Epoch) -> None:
+        self._draining.discard(epoch)
+        if not self._draining:
+            self._live(LifeEvent.DRAINED)
+
+    def connected(self, link: Link) -> None:
+        self._connected = True
+        log.info("vm %s: a frontend has connected", self.vm)
+
+    def negotiated(self, features: int) -> None:
+        self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
+
+    def queue_started(self, index: int, queue: DeviceQueue, resumed: bool) -> None:
+        self._running.add(index)
+        self._live(LifeEvent.RESUME if resumed else LifeEvent.START)
+        if resumed:
+            self.epoch.resume()
+            self.flush()
+
+    def queue_stopped(self, index: int) -> None:
+        self._running.discard(index)
+        if not self._running:
+            self._live(LifeEvent.STOP)
+
+    def reset(self) -> None:
+        self._running.clear()
+        self._live(LifeEvent.RESET)
+
+    def disconnected(self) -> None:
+        self._connected = False
+        self._running.clear()
+        log.info("vm %s: the frontend has gone", self.vm)
+        self._live(LifeEvent.RESET)
+
+    # -- rings
+
+    def process(self, index: int) -> bool:
+        queue = self.queues[index]
+        if queue is None or self.life is not LifeState.RUNNING:
+            return False  # when it runs again, link.wake() brings us back
+        if index == Queue.EVENT:
+            self.epoch.rpcs.pump()
+            more = False
+        else:
+            more = self._drain(index, queue)
+        self.flush()
+        self.router.touched = True
+        return more
+
+    def _drain(self, index: int, queue: DeviceQueue) -> bool:
+        kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
+
+        def take(chain: Chain) -> None:
+            self._take(index, kind, chain)
+            self.router.tee.run()
+            if self._completed >= _NOTIFY_EVERY:
+                self.flush()
+
+        return queue.drain(take, _BUDGET)
+
+    def look_for_requests(self) -> None:
+        for index in range(Queue.REQUEST, self.num_queues):
+            queue = self.queues[index]
+            if queue is not None:
+                # at most what a ring can hold: a driver that goes on adding does not keep us here
+                for _ in range(queue.size):
+                    chain = queue.pop()
+                    if chain is None:
+                        break
+                    self._take(index, Queue.REQUEST, chain)
+                self.link.wake(index)
+
+    def _take(self, index: int, kind: Queue, chain: Chain) -> None:
+        slot = RingSlot(self, index, chain)
+        if chain.writable_bytes < RESPONSE_HEADER_SIZE:
+            slot.respond()
+        elif chain.readable_bytes > self.limits.max_request_bytes + self.limits.max_inline_bytes:
+            slot.respond(refusal(Status.LIMIT))
+        else:
+            self.epoch.submit(slot, chain.read(), chain.writable_bytes, kind)
+
+    def completed(self, index: int) -> None:
+        """A request of ring ``index`` was completed; the driver is to be told soon."""
+        self._dirty.add(index)
+        self._completed += 1
+        self.router.mark(self)
+
+    def flush(self) -> None:
+        """Tell the driver of what was completed."""
+        if self._dirty:
+            for index in self._dirty:
+                queue = self.queues[index]
+                if queue is not None:
+                    queue.notify()
+            self._dirty.clear()
+            self._completed = 0
+
+    def send_event(self, data: bytes) -> bool:
+        queue = self.queues[Queue.EVENT]
+        if queue is None or queue.stopped:
+            return False
+        for _ in range(queue.size):
+            chain = queue.pop()
+            if chain is None:
+                if not queue.enable_notifications():
+                    return False
+                continue
+            fits = chain.writable_bytes >= self.limits.event_buffer_size
+            queue.push(chain.head, chain.write(data) if fits else 0)
+            self.completed(Queue.EVENT)
+            if fits:
+                return True
+            log.warning("vm %s: an event buffer of %d bytes is too small", self.vm, chain.writable_bytes)
+        return False
+
+    def views(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[memoryview], Leased]:
+        lease = self.memory.lease(*ranges)
+        return [view for pieces in lease.views for view in pieces], lease
+
+
+class RingSlot:
+    """A request's place in a ring."""
+
+    __slots__ = ("_chain", "_device", "_index")
+
+    def __init__(self, device: TeeDevice, index: int, chain: Chain) -> None:
+        self._device = device
+        self._index = index
+        self._chain = chain
+
+    def respond(self, *parts: bytes | bytearray | memoryview) -> bool:
+        """See :class:`host_backend.slots.Slot`."""
+        queue = self._device.queues[self._index]
+        if queue is None or queue.stopped:
+            return False
+        queue.push(self._chain.head, self._chain.write(b"".join(parts)))
+        self._device.completed(self._index)
+        return True

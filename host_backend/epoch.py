@@ -1,0 +1,553 @@
+"""One epoch of a guest: its requests become calls of the TEE, what the TEE answers becomes responses.
+
+Sans-I/O. When the guest is reset, its epoch ends and another begins; the old one lives on until the TEE has let go of
+all that was its. Nothing of an ended epoch reaches the guest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+from uuid import UUID
+
+from device.config import Limits
+from device.ids import IdTable, LimitReachedError
+from device.machines import CALL, CallAction, CallEvent, CallState
+from device.messages import CALLS
+from device.params import MEMREF_TYPES, VALUE_TYPES, RawParam, RequestError, pack_raw, padded, results
+from device.requests import ParsedRequest, pack_response, parse_request, refusal
+from device.wire import (
+    NULL_REGION,
+    PARAM_INLINE,
+    PARAM_META,
+    PARAM_TYPE_MASK,
+    Feature,
+    Queue,
+    RegionFlag,
+    Request,
+    ResponseFlag,
+    Status,
+)
+from host_backend.rpcs import GuestRpcs
+from host_backend.slots import Port, Slot
+from host_backend.tables import ContextEntry, Pending, RegionEntry, SessionEntry
+from host_backend.trace import Trace
+from pyvhost.errors import MemoryFault
+from tee.calls import (
+    Call,
+    Client,
+    CloseContext,
+    CloseSession,
+    Invoke,
+    Login,
+    OpenContext,
+    OpenSession,
+    RegisterMemory,
+    UnregisterMemory,
+)
+from tee.driver import Done, TeeDriver
+from tee.memory import Memory, Range
+from tee.params import Direction, MemRef, Nothing, Param, Value
+from tee.results import Result
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_MAX_ADDRESS = 1 << 64
+
+
+class Epoch:
+    """The tables of one epoch, and what each request does to them."""
+
+    def __init__(
+        self,
+        number: int,
+        tee: TeeDriver,
+        port: Port,
+        *,
+        vm: str,
+        features: Feature,
+        limits: Limits,
+        clock: Callable[[], float],
+        on_drained: Callable[[Epoch], None],
+        trace: Trace | None = None,
+    ) -> None:
+        self.number = number
+        self.tee = tee
+        self.port = port
+        self.vm = vm
+        self.features = features
+        self.limits = limits
+        self.ended = False
+        self.contexts: IdTable[ContextEntry] = IdTable(limits.max_contexts)
+        self.sessions: IdTable[SessionEntry] = IdTable(limits.max_sessions)
+        self.regions: IdTable[RegionEntry] = IdTable(limits.max_regions)
+        self.region_bytes = 0
+        self.by_memory: dict[int, RegionEntry] = {}
+        """Regions by the identity of their memory: how the TEE's RPCs name them."""
+        self.calls: dict[int, Pending] = {}
+        """Requests in progress by tag."""
+        self.running = 0
+        """How many of them run code in the TEE."""
+        self.held: list[Pending] = []
+        """Requests whose responses wait for their ring."""
+        self._closing = 0
+        self._on_drained = on_drained
+        self.trace = trace
+        self.rpcs = GuestRpcs(self, clock)
+
+    # -- requests
+
+    def submit(self, slot: Slot, data: bytes, room: int, queue: Queue) -> None:
+        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response."""
+        try:
+            request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
+            HANDLERS[request.type](self, slot, request)
+        except RequestError as e:
+            log.debug("vm %s: request refused with %s: %s", self.vm, e.status.name, e.why)
+            slot.respond(refusal(e.status))
+
+    def _context(self, request: ParsedRequest) -> ContextEntry:
+        context = self.contexts.get(request.context)
+        if context is None or context.handle is None or context.closing:
+            raise RequestError(Status.NO_CONTEXT, f"no context {request.context}")
+        return context
+
+    def _session(self, context: ContextEntry, ident: int) -> SessionEntry:
+        session = self.sessions.get(ident)
+        if session is None or session.context is not context or session.handle is None or session.closing:
+            raise RequestError(Status.NO_SESSION, f"no session {ident} in context {context.ident}")
+        return session
+
+    def region(self, ident: int, context: ContextEntry | None = None) -> RegionEntry:
+        """The region with this id, of ``context`` if one is given. Raises RequestError(NO_REGION)."""
+        region = self.regions.get(ident)
+        if region is None or not region.ready or region.unregister is not None:
+            raise RequestError(Status.NO_REGION, f"no region {ident}")
+        if context is not None and region.context is not context:
+            raise RequestError(Status.NO_REGION, f"region {ident} is not of context {context.ident}")
+        return region
+
+    def _admit(self, request: ParsedRequest) -> None:
+        if request.tag in self.calls:
+            raise RequestError(Status.DUPLICATE_TAG, f"tag {request.tag:#x} is in use")
+        if request.type in CALLS and self.running >= self.limits.max_calls:
+            raise RequestError(Status.LIMIT, f"{self.running} calls are in progress")
+
+    def _start(self, pending: Pending, call: Call) -> None:
+        pending.call = call
+        self.calls[pending.request.tag] = pending
+        self.running += pending.request.type in CALLS
+        for region in pending.regions:
+            region.users += 1
+        if self.trace is not None:
+            self.trace.request(self.vm, pending.request.type, pending.request.tag)
+        self.tee.start(call)
+
+    def open_context(self, slot: Slot, request: ParsedRequest) -> None:
+        if request.body.flags:
+            raise RequestError(Status.MALFORMED, "unknown flags")
+        self._admit(request)
+        context = ContextEntry()
+        context.ident = _add(self.contexts, context, "contexts")
+        pending = Pending(self, slot, request, context, Epoch._context_opened)
+        self._start(pending, OpenContext(owner=pending, vm=self.vm))
+
+    def _context_opened(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        if done.code != Result.SUCCESS:
+            self.contexts.remove(pending.context.ident)
+            return (_ids(0),)
+        pending.context.handle = done.value
+        return (_ids(pending.context.ident),)
+
+    def close_context(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        self._admit(request)
+        context.closing = True
+        pending = Pending(self, slot, request, context, Epoch._context_closed)
+        self._start(pending, CloseContext(owner=pending, context=context.handle))
+
+    def _context_closed(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        self._forget_context(pending.context)
+        return ()
+
+    def _forget_context(self, context: ContextEntry) -> None:
+        for session in self.sessions:
+            if session.context is context:
+                self.sessions.remove(session.ident)
+        for region in self.regions:
+            if region.context is context:
+                self._forget_region(region)
+        self.contexts.remove(context.ident)
+
+    def open_session(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        body = request.body
+        if body.client_login == Login.REE_KERNEL:
+            raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+        params, regions = self._params(request, context)
+        self._admit(request)
+        session = SessionEntry(context)
+        session.ident = _add(self.sessions, session, "sessions")
+        pending = Pending(self, slot, request, context, Epoch._session_opened, session=session, regions=regions)
+        # PUBLIC is nobody in particular
+        octets = bytes(16) if body.client_login == Login.PUBLIC else body.client_uuid
+        client = Client(body.client_login, UUID(bytes=octets), self.vm)
+        call = OpenSession(
+            owner=pending, context=context.handle, uuid=UUID(bytes=body.uuid), client=client, params=params
+        )
+        self._start(pending, call)
+
+    def _session_opened(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        session = pending.session
+        assert session is not None
+        assert isinstance(pending.call, OpenSession)
+        if done.code == Result.SUCCESS:
+            session.handle = done.value
+        elif session.ident in self.sessions:
+            self.sessions.remove(session.ident)
+        head = _ids(session.ident if done.code == Result.SUCCESS else 0, len(pending.request.params))
+        return (head, *_outputs(pending.request.params, pending.call.params, done.code))
+
+    def close_session(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        session = self._session(context, request.body.session)
+        self._admit(request)
+        session.closing = True
+        pending = Pending(self, slot, request, context, Epoch._session_closed, session=session)
+        self._start(pending, CloseSession(owner=pending, session=session.handle))
+
+    def _session_closed(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        assert pending.session is not None
+        if pending.session.ident in self.sessions:
+            self.sessions.remove(pending.session.ident)
+        return ()
+
+    def invoke(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        body = request.body
+        session = self._session(context, body.session)
+        params, regions = self._params(request, context)
+        self._admit(request)
+        pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
+        self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
+
+    def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        assert isinstance(pending.call, Invoke)
+        params = pending.request.params
+        return (_ids(len(params)), *_outputs(params, pending.call.params, done.code)) if params else (_NO_PARAMS,)
+
+    def register_memory(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        body = request.body
+        if body.flags & ~RegionFlag.READ_ONLY:
+            raise RequestError(Status.MALFORMED, "unknown flags")
+        ranges = _merge(request.ranges)
+        if sum(length for _, length in ranges) != body.size:
+            raise RequestError(Status.MALFORMED, "the ranges' lengths do not add up to the size")
+        if self.region_bytes + body.size > self.limits.max_region_bytes:
+            raise RequestError(Status.LIMIT, f"more than {self.limits.max_region_bytes} bytes in regions")
+        self._admit(request)
+        try:
+            views, lease = self.port.views(ranges)
+        except MemoryFault as e:
+            raise RequestError(Status.BAD_RANGE, str(e)) from None
+        memory = Memory(views, ranges=[Range(*r) for r in ranges], read_only=bool(body.flags & RegionFlag.READ_ONLY))
+        region = RegionEntry(context, memory, lease)
+        try:
+            region.ident = _add(self.regions, region, "regions")
+        except RequestError:
+            region.release()
+            raise
+        self.region_bytes += memory.size
+        self.by_memory[id(memory)] = region
+        pending = Pending(self, slot, request, context, Epoch._registered, regions=[region])
+        self._start(pending, RegisterMemory(owner=pending, context=context.handle, memory=memory))
+
+    def _registered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        region = pending.regions[0]
+        if done.code != Result.SUCCESS:
+            self._forget_region(region)
+            return (_ids(0),)
+        region.ready = True
+        return (_ids(region.ident),)
+
+    def unregister_memory(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        region = self.region(request.body.region, context)
+        self._admit(request)
+        pending = Pending(self, slot, request, context, Epoch._unregistered)
+        pending.call = UnregisterMemory(owner=pending, context=context.handle, memory=region.memory)
+        self.calls[request.tag] = pending
+        region.unregister = pending
+        if self.trace is not None:
+            self.trace.request(self.vm, request.type, request.tag)
+        self._unregister_if_unused(region)
+
+    def _unregister_if_unused(self, region: RegionEntry) -> None:
+        pending = region.unregister
+        if pending is not None and region.users == 0 and not pending.regions:
+            pending.regions.append(region)
+            assert pending.call is not None
+            region.users += 1
+            self.tee.start(pending.call)
+
+    def _unregistered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        self._forget_region(pending.regions[0])
+        return ()
+
+    def cancel(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        target = self._find_call(context, request.body.tag)
+        if target is None:
+            # the request to cancel may lie in a ring that has not been looked at since
+            self.port.look_for_requests()
+            target = self._find_call(context, request.body.tag)
+        if target is None:
+            raise RequestError(Status.NOT_FOUND, f"no request with tag {request.body.tag:#x}")
+        self._step(target, CallEvent.CANCEL)
+        slot.respond(pack_response())
+
+    def _find_call(self, context: ContextEntry, tag: int) -> Pending | None:
+        pending = self.calls.get(tag)
+        return pending if pending is not None and pending.context is context else None
+
+    def rpc_reply(self, slot: Slot, request: ParsedRequest) -> None:
+        self.rpcs.reply(request)
+        slot.respond(pack_response())
+
+    def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> None:
+        self.rpcs.acknowledge(request)
+        slot.respond(pack_response())
+
+    # -- parameters
+
+    def _params(self, request: ParsedRequest, context: ContextEntry) -> tuple[list[Param], list[RegionEntry]]:
+        """The parameters as the TEE takes them, and the regions that they use."""
+        params: list[Param] = []
+        regions: list[RegionEntry] = []
+        at = request.inline_at
+        for attr, a, b, c in request.params:
+            meta = bool(attr & PARAM_META)
+            kind = attr & PARAM_TYPE_MASK
+            if kind in VALUE_TYPES:
+                direction = VALUE_TYPES[kind]
+                params.append(
+                    Value(direction, a, b, c, meta) if direction is not Direction.OUT else Value(direction, meta=meta)
+                )
+            elif kind in MEMREF_TYPES:
+                direction = MEMREF_TYPES[kind]
+                if attr & PARAM_INLINE:
+                    params.append(MemRef(direction, _inline(direction, request.data, at, b), 0, b, meta))
+                    if direction.is_input:
+                        at += padded(b)
+                elif c == NULL_REGION:
+                    params.append(MemRef(direction, None, 0, b, meta))
+                else:
+                    region = self.region(c, context)
+                    if a + b > region.memory.size:
+                        raise RequestError(Status.BAD_RANGE, f"{b} bytes at {a} are outside region {c}")
+                    if region.memory.read_only and direction.is_output:
+                        raise RequestError(Status.BAD_RANGE, f"region {c} is read-only")
+                    regions.append(region)
+                    params.append(MemRef(direction, region.memory, a, b, meta))
+            else:
+                params.append(Nothing(meta))
+        return params, regions
+
+    # -- what the TEE says
+
+    def done(self, pending: Pending, done: Done) -> None:
+        """A call of this epoch has ended."""
+        if isinstance(pending.call, CloseContext) and self._in_use(pending.context):
+            pending.context.then = lambda: self.done(pending, done)
+            return
+        rest = pending.finish(self, pending, done)
+        for region in pending.regions:
+            self.unuse(region)
+        for region in pending.held:
+            self.unuse(region)
+        pending.held.clear()
+        self.calls.pop(pending.request.tag, None)
+        self.running -= pending.request.type in CALLS
+        if pending.state is CallState.ABANDONED:
+            pending.state = CALL.step(pending.state, CallEvent.DONE)[0]
+            if isinstance(pending.call, OpenContext) and done.code == Result.SUCCESS:
+                self._close_for_good(pending.context)
+            self._drained()
+            return
+        if self.trace is not None:
+            self.trace.response(self.vm, pending.request.type, pending.request.tag, Status.OK, done.code)
+        if done.may_have_run:
+            # the TEE was lost under the call
+            pending.response = (refusal(Status.ABANDONED, ResponseFlag.MAY_HAVE_RUN),)
+        else:
+            pending.response = (pack_response(Status.OK, done.code, done.origin), *rest)
+        assert pending.slot is not None
+        if pending.slot.respond(*pending.response):
+            pending.state = CALL.step(pending.state, CallEvent.DONE)[0]
+        else:
+            pending.state = CALL.step(pending.state, CallEvent.DONE_STOPPED)[0]
+            self.held.append(pending)
+
+    def resume(self) -> None:
+        """The rings run again after a pause: give out what was kept."""
+        held, self.held = self.held, []
+        for pending in held:
+            assert pending.slot is not None
+            if pending.slot.respond(*pending.response):
+                self._step(pending, CallEvent.RESUME)
+            else:
+                self.held.append(pending)
+        self.rpcs.pump()
+
+    def _step(self, pending: Pending, event: CallEvent) -> None:
+        pending.state, action = CALL.step(pending.state, event)
+        if action is CallAction.CANCEL and pending.call is not None:
+            self.tee.cancel(pending.call)
+
+    def unuse(self, region: RegionEntry) -> None:
+        """One user less of a region."""
+        region.users -= 1
+        if region.users:
+            return
+        self._unregister_if_unused(region)
+        then = region.context.then
+        if then is not None and not self._in_use(region.context):
+            region.context.then = None
+            then()
+
+    def _in_use(self, context: ContextEntry) -> bool:
+        """Whether an RPC of another context still uses memory of this one (its supplicant has gone meanwhile)."""
+        return any(region.users and region.context is context for region in self.regions)
+
+    def _forget_region(self, region: RegionEntry) -> None:
+        if region.ident in self.regions:
+            self.regions.remove(region.ident)
+            self.region_bytes -= region.memory.size
+            del self.by_memory[id(region.memory)]
+            region.release()
+
+    # -- the end
+
+    def end(self) -> None:
+        """The guest was reset or has gone: end everything. ``on_drained`` is called when the TEE has let go of all."""
+        self.ended = True
+        self.rpcs.reset()
+        for pending in self.held:
+            self._step(pending, CallEvent.RESET)
+        self.held.clear()
+        for pending in list(self.calls.values()):
+            pending.slot = None
+            self._step(pending, CallEvent.RESET)
+            if isinstance(pending.call, UnregisterMemory) and not pending.regions:
+                del self.calls[pending.request.tag]  # never reached the TEE; closing the context does it
+        for context in self.contexts:
+            if context.handle is not None and not context.closing:
+                self._close_for_good(context)
+        self._drained()
+
+    def _close_for_good(self, context: ContextEntry) -> None:
+        context.closing = True
+        self._closing += 1
+        self.tee.start(CloseContext(owner=_Closer(self, context), context=context.handle))
+
+    def closed(self, context: ContextEntry) -> None:
+        """A context that the device closed on its own behalf is closed."""
+        if self._in_use(context):
+            context.then = lambda: self.closed(context)
+            return
+        self._closing -= 1
+        self._forget_context(context)
+        self._drained()
+
+    def _drained(self) -> None:
+        if self.ended and not self.calls and not self._closing:
+            self._on_drained(self)
+
+
+class _Closer:
+    """Owner of a CloseContext that no request asked for."""
+
+    __slots__ = ("context", "epoch")
+
+    def __init__(self, epoch: Epoch, context: ContextEntry) -> None:
+        self.epoch = epoch
+        self.context = context
+
+
+def deliver(done: Done) -> None:
+    """Give a Done to the epoch whose call it ends."""
+    owner = done.call.owner
+    if isinstance(owner, Pending):
+        owner.epoch.done(owner, done)
+    elif isinstance(owner, _Closer):
+        owner.epoch.closed(owner.context)
+
+
+HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
+    Request.OPEN_CONTEXT: Epoch.open_context,
+    Request.CLOSE_CONTEXT: Epoch.close_context,
+    Request.OPEN_SESSION: Epoch.open_session,
+    Request.CLOSE_SESSION: Epoch.close_session,
+    Request.INVOKE: Epoch.invoke,
+    Request.REGISTER_MEMORY: Epoch.register_memory,
+    Request.UNREGISTER_MEMORY: Epoch.unregister_memory,
+    Request.CANCEL: Epoch.cancel,
+    Request.RPC_REPLY: Epoch.rpc_reply,
+    Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
+}
+"""Request type → what serves it. Types that are not here belong to features that this backend does not offer."""
+
+IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC
+
+
+def _add(table: IdTable[T], entry: T, what: str) -> int:
+    try:
+        return table.add(entry)
+    except LimitReachedError:
+        raise RequestError(Status.LIMIT, f"more than {table.limit} {what}") from None
+
+
+def _ids(first: int, second: int = 0) -> bytes:
+    return first.to_bytes(4, "little") + second.to_bytes(4, "little")
+
+
+_NO_PARAMS = _ids(0)
+
+
+def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:
+    if direction is Direction.IN:
+        return Memory((memoryview(data)[at : at + size],), read_only=True)
+    return Memory.of(bytearray(data[at : at + size]) if direction is Direction.INOUT else bytearray(size))
+
+
+def _outputs(given: list[RawParam], params: list[Param], code: int) -> list[bytes]:
+    """The tail of a response: the parameters with their outputs, then inline memory."""
+    parts = [pack_raw(results(given, params, code))]
+    for raw, param in zip(given, params, strict=True):
+        if raw[0] & PARAM_INLINE and isinstance(param, MemRef) and param.direction.is_output:
+            assert param.memory is not None
+            capacity = raw[2]
+            short = code == Result.SHORT_BUFFER and param.size > capacity
+            parts.append(bytes(capacity) if short else bytes(param.memory.segments[0]))
+            parts.append(bytes(padded(capacity) - capacity))
+    return parts
+
+
+def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Check (address, length) ranges and join those that follow each other."""
+    merged: list[tuple[int, int]] = []
+    end = -1
+    for address, length in ranges:
+        if not length or address + length > _MAX_ADDRESS:
+            raise RequestError(Status.BAD_RANGE, f"a range of {length} bytes at {address:#x}")
+        if address == end:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((address, length))
+        end = address + length
+    if not merged:
+        raise RequestError(Status.MALFORMED, "a region without ranges")
+    return merged

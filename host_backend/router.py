@@ -1,0 +1,111 @@
+"""One TEE, many guests: events of the TEE go to the guest whose call caused them, RPCs to whoever is to answer them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+from host_backend.epoch import Epoch, deliver
+from host_backend.tables import Pending
+from tee.driver import Done, Event, RpcWithdrawn, TeeDriver
+from tee.results import Result
+from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
+
+log = logging.getLogger(__name__)
+
+
+class Route(Enum):
+    """Who answers an RPC."""
+
+    GUEST = "the calling guest"
+    REFUSED = "nobody: refused to guests"
+
+
+ROUTES: dict[int, Route] = {
+    RpcCommand.LOAD_TA: Route.GUEST,
+    RpcCommand.FS: Route.GUEST,
+    RpcCommand.SHM_ALLOC: Route.GUEST,
+    RpcCommand.SHM_FREE: Route.GUEST,
+    RpcCommand.SOCKET: Route.GUEST,
+    RpcCommand.PLUGIN: Route.GUEST,
+    RpcCommand.GPROF: Route.GUEST,
+    RpcCommand.FTRACE: Route.GUEST,
+    RpcCommand.GET_TIME: Route.GUEST,
+    RpcCommand.NOTIFICATION: Route.GUEST,
+    RpcCommand.SUSPEND: Route.GUEST,
+    RpcCommand.RPMB: Route.REFUSED,
+    RpcCommand.I2C_TRANSFER: Route.REFUSED,
+    RpcCommand.RPMB_PROBE_RESET: Route.REFUSED,
+    RpcCommand.RPMB_PROBE_NEXT: Route.REFUSED,
+    RpcCommand.RPMB_FRAMES: Route.REFUSED,
+}
+"""Command → route, for a TEE that names the call behind an RPC. Commands that are not here are refused."""
+
+
+class Flushed(Protocol):
+    """A guest, as the router sees it."""
+
+    def flush(self) -> None:
+        """Tell the guest's driver of what was completed."""
+
+
+class Router:
+    """Sits between a TEE driver and the guests; all on the data-plane thread."""
+
+    def __init__(self, tee: TeeDriver, clock: Callable[[], float]) -> None:
+        self.tee = tee
+        self.touched = False
+        """Set by whoever starts something on the TEE outside of :meth:`run`, so that the loop calls it."""
+        self._clock = clock
+        self._dirty: dict[Flushed, None] = {}
+        self._asking: dict[Epoch, None] = {}
+        """Epochs with RPCs under way."""
+        tee.attach(self._on_event)
+
+    def mark(self, guest: Flushed) -> None:
+        """``guest`` has completed something that its driver must be told of."""
+        self._dirty[guest] = None
+
+    def run(self) -> float | None:
+        """Let the TEE work, give up late RPCs; the seconds until it is to be called again (see ``TeeDriver``)."""
+        due = self.tee.run()
+        for epoch in list(self._asking):
+            deadline = epoch.rpcs.next_deadline()
+            if deadline is None:
+                del self._asking[epoch]
+                continue
+            left = deadline - self._clock()
+            if left <= 0:
+                epoch.rpcs.expire()
+                left = 0
+            due = left if due is None else min(due, left)
+        while self._dirty:
+            self._dirty.popitem()[0].flush()
+        return due
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Done):
+            deliver(event)
+        elif isinstance(event, Rpc):
+            self._route(event)
+        else:
+            self._withdraw(event)
+
+    def _route(self, rpc: Rpc) -> None:
+        owner = rpc.call.owner if rpc.call is not None else None
+        if ROUTES.get(rpc.command, Route.REFUSED) is Route.REFUSED:
+            log.info("%s is refused to guests", describe_command(rpc.command))
+            self.tee.answer(rpc, RpcReply(Result.NOT_SUPPORTED))
+        elif isinstance(owner, Pending) and not owner.epoch.ended:
+            self._asking[owner.epoch] = None
+            owner.epoch.rpcs.send(rpc, owner)
+        else:
+            # nobody is left who could answer
+            self.tee.answer(rpc, RpcReply(Result.COMMUNICATION))
+
+    def _withdraw(self, event: RpcWithdrawn) -> None:
+        owner = event.rpc.call.owner if event.rpc.call is not None else None
+        if isinstance(owner, Pending):
+            owner.epoch.rpcs.withdraw(event.rpc)

@@ -1,0 +1,283 @@
+"""RPCs of one epoch: from the TEE to the guest's supplicant or client, and the answers back.
+
+Memory for an RPC is the guest's: it answers SHM_ALLOC with one of its regions, which counts as used until the TEE gives
+it back (SHM_FREE) or the call that asked for it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from device.ids import IdTable
+from device.machines import RPC, RpcAction, RpcEvent, RpcState
+from device.messages import EVENT_HEADER, EVENTS
+from device.params import MEMREF_TYPES, VALUE_TYPES, RawParam, RequestError, attribute, pack_raw
+from device.requests import ParsedRequest
+from device.wire import (
+    NULL_REGION,
+    PARAM_TYPE_MASK,
+    RPC_SERVERS,
+    Event,
+    Feature,
+    ParamType,
+    RpcServer,
+    RpcTarget,
+    Status,
+)
+from host_backend.tables import Pending
+from tee.params import Direction, MemRef, Param, Value
+from tee.results import Result
+from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
+
+if TYPE_CHECKING:
+    from host_backend.epoch import Epoch
+
+log = logging.getLogger(__name__)
+
+_UNKNOWN_COMMAND = (RpcServer.NOBODY, Result.NOT_SUPPORTED)
+_WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
+"""Result codes of answers that have parameters; others may leave them out."""
+
+_RPC_EVENT = EVENTS[Event.RPC].codec
+_RPC_WITHDRAWN = EVENTS[Event.RPC_WITHDRAWN].codec
+
+
+@dataclass(slots=True, eq=False)
+class RpcEntry:
+    """An RPC for the guest. ``ident`` is 0 while it waits for one of the guest's ``max_rpcs`` places."""
+
+    rpc: Rpc
+    pending: Pending
+    deadline: float
+    raw: list[RawParam] = field(default_factory=list)
+    ident: int = 0
+    state: RpcState = RpcState.QUEUED
+
+
+class GuestRpcs:
+    """All RPCs of one epoch."""
+
+    def __init__(self, epoch: Epoch, clock: Callable[[], float]) -> None:
+        self._epoch = epoch
+        self._clock = clock
+        self._table: IdTable[RpcEntry] = IdTable(epoch.limits.max_rpcs)
+        self._backlog: deque[RpcEntry] = deque()
+        """No place in the table yet."""
+        self._outbox: deque[RpcEntry] = deque()
+        """Each waits for an event buffer: QUEUED for its RPC event, WITHDRAWING for its RPC_WITHDRAWN event."""
+        self._entries: dict[Rpc, RpcEntry] = {}
+        """By the TEE's own object, as long as the TEE waits."""
+
+    def __len__(self) -> int:
+        return len(self._table) + len(self._backlog)
+
+    # -- from the TEE
+
+    def send(self, rpc: Rpc, pending: Pending) -> None:
+        """The TEE asks something of this guest."""
+        if not self._epoch.features & Feature.RPC:
+            code = RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[1]
+            self._epoch.tee.answer(rpc, RpcReply(code))
+            return
+        entry = RpcEntry(rpc, pending, self._clock() + self._epoch.limits.rpc_deadline_ms / 1000)
+        try:
+            entry.raw = [self._raw(param) for param in rpc.params]
+        except LookupError:
+            log.warning("vm %s: %s refers to memory that is not the guest's", self._epoch.vm, _name(entry))
+            self._epoch.tee.answer(rpc, RpcReply(Result.NOT_SUPPORTED))
+            return
+        self._entries[rpc] = entry
+        if self._epoch.trace is not None:
+            self._epoch.trace.rpc(self._epoch.vm, rpc, rpc.command, "guest")
+        if rpc.command == RpcCommand.SHM_FREE:
+            self._give_back(entry)
+        self._backlog.append(entry)
+        self.pump()
+
+    def withdraw(self, rpc: Rpc) -> None:
+        """The TEE no longer waits for it."""
+        entry = self._entries.pop(rpc, None)
+        if entry is not None:
+            self._record(rpc, "nobody: withdrawn", Result.CANCEL)
+            self._step(entry, RpcEvent.WITHDRAW)
+
+    # -- to the guest
+
+    def pump(self) -> None:
+        """Send what can be sent: there may be new event buffers, or free places."""
+        while self._backlog and len(self._table) < self._table.limit:
+            entry = self._backlog.popleft()
+            entry.ident = self._table.add(entry)
+            self._outbox.append(entry)
+        while self._outbox:
+            entry = self._outbox[0]
+            if entry.state is RpcState.ENDED:
+                self._outbox.popleft()
+                continue
+            if not self._epoch.port.send_event(self._event(entry)):
+                return
+            self._outbox.popleft()
+            self._step(entry, RpcEvent.BUFFER)
+
+    def _event(self, entry: RpcEntry) -> bytes:
+        if entry.state is RpcState.WITHDRAWING:
+            header = EVENT_HEADER.pack(Event.RPC_WITHDRAWN, 0, self._epoch.number)
+            return header + _RPC_WITHDRAWN.pack(entry.ident)
+        pending = entry.pending
+        body = _RPC_EVENT.pack(
+            rpc=entry.ident,
+            command=entry.rpc.command,
+            target=RpcTarget.SUPPLICANT,
+            deadline_ms=max(1, int((entry.deadline - self._clock()) * 1000)),
+            call=pending.request.tag,
+            context=pending.context.ident,
+            session=pending.session.ident if pending.session is not None else 0,
+            num_params=len(entry.raw),
+        )
+        return EVENT_HEADER.pack(Event.RPC, 0, self._epoch.number) + body + pack_raw(entry.raw)
+
+    def _raw(self, param: Param) -> RawParam:
+        if isinstance(param, Value):
+            return (attribute(param), param.a, param.b, param.c)
+        if isinstance(param, MemRef):
+            region = NULL_REGION if param.memory is None else self._epoch.by_memory[id(param.memory)].ident
+            return (attribute(param), param.offset, param.size, region)
+        return (attribute(param), 0, 0, 0)
+
+    # -- from the guest
+
+    def reply(self, request: ParsedRequest) -> None:
+        """The driver answers. Raises RequestError; an answer that makes no sense has ended the RPC nevertheless."""
+        body = request.body
+        entry = self._find(body.rpc)
+        state, action = RPC.step(entry.state, RpcEvent.REPLY)
+        if action is RpcAction.REFUSE:
+            raise RequestError(Status.NOT_FOUND, f"RPC {body.rpc} is {entry.state.value}")
+        try:
+            reply = RpcReply(body.ret, self._reply_params(entry, request.params, body.ret), body.origin)
+        except RequestError:
+            reply = RpcReply(Result.COMMUNICATION)
+            raise
+        finally:
+            entry.state = state
+            self._free(entry)
+            self._answer(entry, reply, "guest")
+            self.pump()
+
+    def acknowledge(self, request: ParsedRequest) -> None:
+        """The driver knows that an RPC was withdrawn. Raises RequestError(NOT_FOUND)."""
+        entry = self._find(request.body.rpc)
+        if self._step(entry, RpcEvent.ACK) is RpcAction.REFUSE:
+            raise RequestError(Status.NOT_FOUND, f"RPC {request.body.rpc} is {entry.state.value}")
+
+    def _find(self, ident: int) -> RpcEntry:
+        entry = self._table.get(ident)
+        if entry is None:
+            raise RequestError(Status.NOT_FOUND, f"no RPC {ident}")
+        return entry
+
+    def _reply_params(self, entry: RpcEntry, raw: list[RawParam], code: int) -> list[Param]:
+        """The answer's parameters, held against the question's."""
+        if entry.rpc.command == RpcCommand.SHM_ALLOC:
+            return self._given_memory(entry, raw) if code == Result.SUCCESS else []
+        if entry.rpc.command == RpcCommand.SHM_FREE or (not raw and code not in _WITH_PARAMS):
+            return list(entry.rpc.params)
+        if len(raw) != len(entry.raw):
+            raise RequestError(Status.MALFORMED, f"an answer with {len(raw)} parameters to {len(entry.raw)}")
+        params: list[Param] = []
+        for asked, given, param in zip(entry.raw, raw, entry.rpc.params, strict=True):
+            kind = asked[0] & PARAM_TYPE_MASK
+            if given[0] != asked[0]:
+                raise RequestError(Status.MALFORMED, "an answer changes a parameter's attribute")
+            if isinstance(param, Value) and kind in VALUE_TYPES and param.direction.is_output:
+                params.append(Value(param.direction, *given[1:], meta=param.meta))
+            elif isinstance(param, MemRef) and kind in MEMREF_TYPES and param.direction.is_output:
+                if given[2] > param.size and param.memory is not None and code != Result.SHORT_BUFFER:
+                    raise RequestError(Status.BAD_RANGE, f"{given[2]} bytes in answer to {param.size}")
+                params.append(MemRef(param.direction, param.memory, param.offset, given[2], param.meta))
+            else:
+                params.append(param)
+        return params
+
+    def _given_memory(self, entry: RpcEntry, raw: list[RawParam]) -> list[Param]:
+        """SHM_ALLOC's answer: a region of the guest's, at least as large as asked; it is in use from here on."""
+        if len(raw) != 1 or raw[0][0] != ParamType.MEMREF_INOUT:
+            raise RequestError(Status.MALFORMED, "SHM_ALLOC is answered with one INOUT memory reference")
+        _, offset, size, ident = raw[0]
+        region = self._epoch.region(ident)
+        asked = entry.rpc.params[0]
+        wanted = asked.b if isinstance(asked, Value) else 0
+        if offset + size > region.memory.size or size < wanted:
+            raise RequestError(Status.BAD_RANGE, f"{size} bytes at {offset} of region {ident} for {wanted}")
+        if region.memory.read_only:
+            raise RequestError(Status.BAD_RANGE, f"region {ident} is read-only")
+        region.users += 1
+        entry.pending.held.append(region)
+        param = MemRef(Direction.INOUT, region.memory, offset, size)
+        return [param]
+
+    def _give_back(self, entry: RpcEntry) -> None:
+        """SHM_FREE: the TEE uses that memory no more."""
+        for param in entry.rpc.params:
+            if isinstance(param, MemRef) and param.memory is not None:
+                region = self._epoch.by_memory.get(id(param.memory))
+                if region is not None and region in entry.pending.held:
+                    entry.pending.held.remove(region)
+                    self._epoch.unuse(region)
+
+    # -- time and the end
+
+    def next_deadline(self) -> float | None:
+        """When the first RPC gives up, on the clock's scale."""
+        return min((entry.deadline for entry in self._entries.values()), default=None)
+
+    def expire(self) -> None:
+        """Give up RPCs whose deadline has passed."""
+        now = self._clock()
+        for entry in [e for e in self._entries.values() if e.deadline <= now]:
+            log.warning("vm %s: %s was not answered in time", self._epoch.vm, _name(entry))
+            self._step(entry, RpcEvent.DEADLINE)
+
+    def reset(self) -> None:
+        """The epoch ends: the TEE gets an error for all that is outstanding."""
+        entries = [*self._backlog, *self._table]
+        self._backlog.clear()
+        self._outbox.clear()
+        for entry in entries:
+            self._step(entry, RpcEvent.RESET)
+
+    def _step(self, entry: RpcEntry, event: RpcEvent) -> RpcAction:
+        entry.state, action = RPC.step(entry.state, event)
+        if entry.state is RpcState.ENDED:
+            self._free(entry)
+        if action in (RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
+            self._outbox.append(entry)
+        if action in (RpcAction.FAIL, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
+            self._answer(entry, RpcReply(Result.COMMUNICATION))
+        if action in (RpcAction.FREE, RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
+            self.pump()
+        return action
+
+    def _free(self, entry: RpcEntry) -> None:
+        if entry.ident:
+            self._table.remove(entry.ident)
+            entry.ident = 0
+        elif entry in self._backlog:
+            self._backlog.remove(entry)
+
+    def _answer(self, entry: RpcEntry, reply: RpcReply, answered_by: str = "nobody") -> None:
+        if self._entries.pop(entry.rpc, None) is not None:
+            self._record(entry.rpc, answered_by, reply.code)
+            self._epoch.tee.answer(entry.rpc, reply)
+
+    def _record(self, rpc: Rpc, answered_by: str, code: int) -> None:
+        if self._epoch.trace is not None:
+            self._epoch.trace.rpc_ended(self._epoch.vm, rpc, rpc.command, answered_by, code)
+
+
+def _name(entry: RpcEntry) -> str:
+    return f"RPC {describe_command(entry.rpc.command)}"

@@ -1,0 +1,110 @@
+"""The backend's process: sockets on trio, all guests' rings and the TEE on one data-plane thread."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import trio
+
+from device.config import Limits
+from host_backend.device import TeeDevice
+from host_backend.router import Router
+from host_backend.trace import Trace
+from pyvhost.io.dataplane import DataPlane
+from pyvhost.io.server import serve as serve_socket
+from pyvhost.io.sockets import Listener
+from tee.driver import TeeDriver
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_QUEUES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one guest's frontend attaches: a path to listen at, or an inherited fd (listening or connected)."""
+
+    vm: str
+    path: str | None = None
+    fd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What to serve. Raises ValueError for what makes no sense."""
+
+    endpoints: Sequence[Endpoint]
+    limits: Limits = field(default_factory=Limits)
+    request_queues: int = 1
+    require_sealed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise ValueError("nothing to serve: give a socket path or a file descriptor")
+        if not 1 <= self.request_queues <= MAX_REQUEST_QUEUES:
+            raise ValueError(f"request queues: 1 to {MAX_REQUEST_QUEUES}")
+        names = [e.vm for e in self.endpoints]
+        if len(set(names)) != len(names):
+            raise ValueError("two sockets have the same VM name")
+
+
+async def serve(
+    tee: TeeDriver, config: ServeConfig, *, trace: Trace | None = None, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or SIGINT; ``ready`` is called when all sockets can be connected to. Raises OSError."""
+    router = Router(tee, time.monotonic)
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(_listen(endpoint)) for endpoint in config.endpoints]
+        dataplane = stack.enter_context(DataPlane("virtio-tee"))
+        dataplane.post(lambda: _attach(dataplane, router))
+        async with trio.open_nursery() as nursery:
+            for endpoint, listener in zip(config.endpoints, listeners, strict=True):
+                device = TeeDevice(
+                    router,
+                    vm=endpoint.vm,
+                    limits=config.limits,
+                    request_queues=config.request_queues,
+                    clock=time.monotonic,
+                    new_epoch=lambda: secrets.randbits(64),
+                    trace=trace,
+                )
+                nursery.start_soon(_serve_one, device, listener, dataplane, config.require_sealed, nursery.cancel_scope)
+            nursery.start_soon(_until_signal, nursery.cancel_scope)
+            ready()
+
+
+def _listen(endpoint: Endpoint) -> Listener:
+    if endpoint.path is not None:
+        return Listener.at_path(endpoint.path)
+    assert endpoint.fd is not None
+    return Listener.from_fd(endpoint.fd)
+
+
+def _attach(dataplane: DataPlane, router: Router) -> None:
+    dataplane.add_runner(router)
+    fd = router.tee.fileno()
+    if fd is not None:
+        dataplane.watch(fd, router.run)
+
+
+async def _serve_one(
+    device: TeeDevice, listener: Listener, dataplane: DataPlane, require_sealed: bool, everything: trio.CancelScope
+) -> None:
+    log.info("vm %s: waiting for a frontend", device.vm)
+    await serve_socket(device, listener, dataplane, require_sealed=require_sealed)
+    # only a connected socket comes to an end: its one frontend has gone
+    everything.cancel()
+
+
+async def _until_signal(everything: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            everything.cancel()
+            return

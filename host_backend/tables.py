@@ -1,0 +1,83 @@
+"""What one epoch of a guest holds: contexts, sessions, regions and requests in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from device.machines import CallState
+from device.requests import ParsedRequest
+from host_backend.slots import Leased, Slot
+from tee.calls import Call
+from tee.driver import Done
+from tee.memory import Memory
+
+if TYPE_CHECKING:
+    from host_backend.epoch import Epoch
+
+
+@dataclass(slots=True, eq=False)
+class ContextEntry:
+    """A context. ``handle`` is the TEE's, None while it is being opened; ``closing`` once its end was asked for."""
+
+    ident: int = 0
+    handle: object = None
+    closing: bool = False
+    then: Callable[[], None] | None = None
+    """What to do when its memory is no longer used, if that is waited for."""
+
+
+@dataclass(slots=True, eq=False)
+class SessionEntry:
+    """A session. ``handle`` is the TEE's, None while it is being opened."""
+
+    context: ContextEntry
+    ident: int = 0
+    handle: object = None
+    closing: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class RegionEntry:
+    """A registered region. ``users`` counts requests and RPCs that use it; the registration outlives them."""
+
+    context: ContextEntry
+    memory: Memory
+    lease: Leased | None
+    ident: int = 0
+    ready: bool = False
+    users: int = 0
+    unregister: Pending | None = None
+    """The request to end the registration, once it has come."""
+
+    def release(self) -> None:
+        """Let go of the guest's memory."""
+        self.memory.forget()
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+
+Finish = Callable[["Epoch", "Pending", Done], tuple[bytes, ...]]
+"""What to do when the TEE is done: the parts of the response after its header."""
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request in progress: the owner of its TEE call."""
+
+    epoch: Epoch
+    slot: Slot | None
+    request: ParsedRequest
+    context: ContextEntry
+    finish: Finish
+    call: Call | None = None
+    session: SessionEntry | None = None
+    regions: list[RegionEntry] = field(default_factory=list)
+    """Regions that its parameters use."""
+    held: list[RegionEntry] = field(default_factory=list)
+    """Regions that the guest gave for its RPCs and that the TEE has not given back."""
+    state: CallState = CallState.RUNNING
+    response: tuple[bytes, ...] = ()
+    """Kept while the ring is stopped."""

@@ -1,0 +1,227 @@
+"""What every virtqueue implementation offers, whatever its ring format: the two protocols, and the types they use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pyvhost.errors import RingError
+
+__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Segment"]
+
+#: guest address, length in bytes (> 0)
+Segment = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fences:
+    """The memory barriers a ring needs, as callables; ``pyvhost.io.fence.host_fences()`` has those of this machine."""
+
+    #: no later load may pass an earlier store: before looking whether the other side went to sleep
+    full: Callable[[], object]
+    #: loads stay behind loads and stores behind stores; None where the hardware always sees to it (x86-64)
+    order: Callable[[], object] | None = None
+
+    @staticmethod
+    def none() -> Fences:
+        """For two sides that live on one thread (tests, simulations): nothing to order."""
+        return Fences(full=int)
+
+
+class Chain:
+    """One request as the driver made it available: readable bytes first, then room to answer in.
+
+    ``readable`` and ``writable`` are views of guest memory, which the guest can go on changing: copy once
+    (``read()``), then parse the copy. They stay valid after the memory table has changed. Sizes are in bytes.
+    """
+
+    __slots__ = ("head", "readable", "readable_bytes", "writable", "writable_bytes")
+
+    def __init__(
+        self,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        readable_bytes: int,
+        writable_bytes: int,
+    ) -> None:
+        self.head = head  #: what ``push()`` wants
+        self.readable = readable  #: read-only views
+        self.writable = writable
+        self.readable_bytes = readable_bytes
+        self.writable_bytes = writable_bytes
+
+    def __repr__(self) -> str:
+        return f"<Chain head={self.head} readable={self.readable_bytes} writable={self.writable_bytes}>"
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """A private copy of up to ``length`` readable bytes from ``offset`` on; fewer if the driver gave fewer. The
+        guest chooses ``readable_bytes`` (up to 4 GiB): give a ``length`` or check first.
+        """
+        readable = self.readable
+        if len(readable) == 1:  # the common case, without a loop
+            return bytes(readable[0][offset : None if length is None else offset + length])
+        want = self.readable_bytes if length is None else length
+        parts: list[memoryview] = []
+        for view in readable:
+            if want <= 0:
+                break
+            if offset >= len(view):
+                offset -= len(view)
+                continue
+            part = view[offset : offset + want]
+            offset = 0
+            want -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
+        """Copy ``data`` into the writable part from ``offset`` on; returns the end, ``offset + len(data)``: what to
+        give to ``push()`` if all before it was written too.
+
+        :raises ValueError: it does not fit; nothing was written then
+        """
+        size = len(data)
+        end = offset + size
+        if end > self.writable_bytes:
+            raise ValueError(f"{end} bytes do not fit in {self.writable_bytes} writable bytes")
+        writable = self.writable
+        if len(writable) == 1:
+            writable[0][offset:end] = data
+            return end
+        source = memoryview(data)
+        for view in writable:
+            if not size:
+                break
+            if offset >= len(view):
+                offset -= len(view)
+                continue
+            count = min(size, len(view) - offset)
+            view[offset : offset + count] = source[:count]
+            source = source[count:]
+            size -= count
+            offset = 0
+        return end
+
+
+class DeviceQueue(Protocol):
+    """The device's side of a virtqueue. All calls on one thread.
+
+    A driver that breaks the ring's rules breaks the queue: ``broken`` says how, ``pop()`` returns None from then on,
+    requests popped before can still be completed, and the offending chain goes back to the driver with length 0 where
+    its head is known.
+    """
+
+    size: int  #: ring entries
+    broken: RingError | None
+
+    def pop(self) -> Chain | None:
+        """The next available request, or None: there is none now, or the queue is stopped or broken. Never raises for
+        what the driver did; costs at most work proportional to the longest legal chain."""
+        ...
+
+    def push(self, head: int, written: int = 0) -> None:
+        """Complete a popped request, in any order: ``written`` bytes from the start of its writable part are valid.
+        The driver can see it at once; ``notify()`` wakes a driver that sleeps, and may follow several pushes.
+
+        :raises StateError: the queue is stopped, or ``head`` is not in flight (pushed twice)
+        :raises ValueError: ``written`` exceeds the request's writable part; it stays in flight
+        """
+        ...
+
+    def notify(self) -> bool:
+        """Signal the driver if it asked to be told of what was pushed since the last signal; returns whether it was
+        signalled."""
+        ...
+
+    def should_notify(self) -> bool:
+        """Whether the driver wants a signal now; asking counts as giving it."""
+        ...
+
+    def disable_notifications(self) -> None:
+        """Tell the driver that it need not kick: the ring is being looked at anyway. A hint."""
+        ...
+
+    def enable_notifications(self) -> bool:
+        """Ask the driver for kicks; returns True if requests came in the meantime, for which there will be no kick:
+        pop again."""
+        ...
+
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+        """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
+        later with ``push()``. Signals the driver after every ``notify_every`` completions and at the end. Returns
+        True if requests are left (the budget was used up), False if the ring is empty and the driver will kick.
+
+        What the handler raises goes to the caller; its request stays in flight.
+        """
+        ...
+
+    def adopt(self, paused: DeviceQueue) -> None:
+        """Take over what is in flight on a queue that was stopped by a pause, so that it can be pushed here."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests popped and not pushed."""
+        ...
+
+    @property
+    def next_base(self) -> int:
+        """Where the ring goes on: what ``GET_VRING_BASE`` answers."""
+        ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+    def stop(self) -> int:
+        """Touch the ring no more; returns ``next_base``. Requests in flight stay so: see ``adopt()``."""
+        ...
+
+
+class DriverQueue(Protocol):
+    """The driver's side of a virtqueue. All calls on one thread. The device is not trusted."""
+
+    size: int  #: ring entries
+
+    def add(self, readable: Sequence[Segment], writable: Sequence[Segment], token: Any) -> None:
+        """Make a request available: the device reads ``readable`` and may write ``writable``. ``token`` comes back
+        from ``poll()``.
+
+        :raises QueueFull: no room now
+        :raises ValueError: no segments at all, one of no bytes, or more than the queue could ever take
+        """
+        ...
+
+    def kick_needed(self) -> bool:
+        """Whether the device asked to be kicked for what was added since the last call."""
+        ...
+
+    def poll(self) -> list[tuple[Any, int]]:
+        """All requests that the device has completed since the last call: (token, bytes written).
+
+        :raises DeviceError: the device completed what it was not given, or wrote more than there is room for. What
+            was completed correctly before that is returned first, the error comes with the next call, and with every
+            one after it.
+        """
+        ...
+
+    def disable_notifications(self) -> None:
+        """Tell the device that it need not signal. A hint."""
+        ...
+
+    def enable_notifications(self) -> bool:
+        """Ask for signals; returns True if completions came in the meantime, for which there will be none: poll
+        again."""
+        ...
+
+    @property
+    def free_slots(self) -> int:
+        """Descriptors that are free: a request takes one if it goes into an indirect table, else one for each
+        segment."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests added and not returned by ``poll()``."""
+        ...

@@ -1,0 +1,345 @@
+"""The device's side of a split virtqueue. Source: virtio 1.2, section 2.7; methods as ``DeviceQueue`` documents
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvhost.errors import MemoryFault, RingError, StateError
+from pyvhost.memory import GuestMemory
+from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.split import (
+    DESC,
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    NO_SIGNAL,
+    SplitLayout,
+    valid_size,
+)
+
+__all__ = ["SplitDeviceQueue"]
+
+_unpack_desc = DESC.raw.unpack_from
+_MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
+_MASK = 0xFFFF
+
+
+class SplitDeviceQueue:
+    """See ``DeviceQueue``. ``desc``, ``avail``, ``used`` are the ring's parts as writable views of bytes, of at least
+    the sizes that ``SplitLayout`` gives; ``base`` is the index to go on from (``SET_VRING_BASE``); ``signal`` wakes
+    the driver.
+
+    ``max_descriptors`` bounds one chain, indirect table included. It is more than ``size`` by default, because
+    drivers do make indirect tables that are longer than the ring.
+
+    :raises RingError: a size that is no power of two up to 2^15, parts too small
+    """
+
+    __slots__ = (
+        "_avail",
+        "_base",
+        "_desc",
+        "_event_idx",
+        "_fresh",
+        "_full",
+        "_held",
+        "_indirect",
+        "_max",
+        "_memory",
+        "_next",
+        "_order",
+        "_readonly",
+        "_seen",
+        "_signal",
+        "_signalled",
+        "_span",
+        "_used",
+        "_used32",
+        "_used_idx",
+        "_view",
+        "broken",
+        "size",
+        "stopped",
+    )
+
+    def __init__(
+        self,
+        size: int,
+        memory: GuestMemory,
+        desc: memoryview,
+        avail: memoryview,
+        used: memoryview,
+        *,
+        fences: Fences,
+        base: int = 0,
+        indirect: bool = True,
+        event_idx: bool = False,
+        signal: Callable[[], object] | None = None,
+        max_descriptors: int = 1024,
+    ) -> None:
+        if not valid_size(size):
+            raise RingError(f"a split ring cannot have {size} entries")
+        self.size = size
+        self.broken: RingError | None = None
+        self.stopped = False
+        self._indirect = indirect
+        self._event_idx = event_idx
+        self._signal = signal
+        self._full = fences.full
+        self._order = fences.order
+        self._max = max(size, max_descriptors)
+        self._held = [-1] * size  # room in the writable part of each head in flight, -1: not in flight
+        self._next = base & _MASK  # of the available ring: the next one to pop
+        self._seen = self._next  # the driver's index when last looked at
+        self.rebind(memory, desc, avail, used)
+        self._used_idx: int = self._used[1]  # the ring remembers it across a stop
+        self._signalled = self._used_idx  # used index at the last signal
+        self._fresh = True  # no signal yet: give one for whatever comes first, as what the driver knows is unknown
+
+    def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
+        """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
+
+        :raises RingError: parts too small
+        """
+        layout = SplitLayout(self.size)
+        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
+            raise RingError("a part of the ring is too small for its size")
+        self._memory = memory
+        self._desc = desc[: layout.desc_bytes]
+        self._avail = avail[: layout.avail_bytes].cast("H")
+        self._used = used[: layout.used_bytes].cast("H")
+        self._used32 = used[4 : 4 + 8 * self.size].cast("I")
+        # The region that was hit last: most guests have one that matters.
+        self._base = self._span = 0
+        self._view = self._readonly = memoryview(b"")
+
+    # --- taking requests
+
+    def pop(self) -> Chain | None:
+        position = self._next
+        if position == self._seen and not self._look():
+            return None
+        if self.stopped or self.broken:
+            return None
+        head = self._avail[2 + (position & (self.size - 1))]
+        self._next = (position + 1) & _MASK
+        if head >= self.size or self._held[head] >= 0:
+            # Its owner is unknown, or will get it back from whoever works on it: nothing to return.
+            self._break("an available head that is outside of the ring or already in flight")
+            return None
+        try:
+            chain = self._walk(head)
+        except (RingError, MemoryFault) as e:
+            self._held[head] = 0
+            self.push(head, 0)
+            self._break(str(e))
+            return None
+        self._held[head] = chain.writable_bytes
+        return chain
+
+    def _look(self) -> bool:
+        """Read the driver's index; whether there is something to pop."""
+        if self.stopped or self.broken:
+            return False
+        seen = self._avail[1]
+        waiting = (seen - self._next) & _MASK
+        if waiting > self.size:
+            self._break("the available index is further ahead than the ring is long")
+            return False
+        self._seen = seen
+        if self._order is not None:
+            self._order()  # the ring's entries are not older than the index
+        return waiting > 0
+
+    def _walk(self, head: int) -> Chain:
+        """Follow one chain; raises for whatever is wrong with it. Each descriptor is read once."""
+        table: memoryview | bytes = self._desc
+        entries = self.size
+        index = head
+        left = self._max
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        readable_bytes = writable_bytes = 0
+        base, span = self._base, self._span
+        while True:
+            addr, length, flags, following = _unpack_desc(table, index << 4)
+            if flags & DESC_F_INDIRECT:
+                table = self._indirect_table(table, addr, length, flags, left)
+                entries = len(table) >> 4
+                index = 0
+                continue
+            left -= 1
+            if left < 0:
+                raise RingError("a descriptor chain that is too long or a loop")
+            offset = addr - base
+            if offset < 0 or offset + length > span:
+                offset = self._locate(addr, length)  # may raise; negative: in several regions
+                base, span = self._base, self._span
+            if not length:
+                raise RingError("a descriptor of no bytes")
+            if flags & DESC_F_WRITE:
+                if offset >= 0:
+                    writable.append(self._view[offset : offset + length])
+                else:
+                    writable += self._memory.translate(addr, length)
+                writable_bytes += length
+            elif writable:
+                raise RingError("a readable descriptor after a writable one")
+            else:
+                if offset >= 0:
+                    readable.append(self._readonly[offset : offset + length])
+                else:
+                    readable += self._memory.translate(addr, length, False)
+                readable_bytes += length
+            if not flags & DESC_F_NEXT:
+                break
+            index = following
+            if index >= entries:
+                raise RingError("a descriptor's next is outside of its table")
+        if readable_bytes + writable_bytes > _MAX_TOTAL:
+            raise RingError("a descriptor chain of more than 2^32 bytes")
+        return Chain(head, readable, writable, readable_bytes, writable_bytes)
+
+    def _locate(self, addr: int, length: int) -> int:
+        """Make the region of ``addr`` the one at hand; the offset in it, or -1 if the range goes on in the next
+        region."""
+        region = self._memory.find(addr)
+        self._base, self._span = region.guest_addr, region.size
+        self._view, self._readonly = region.view, region.readonly
+        offset = addr - region.guest_addr
+        return offset if offset + length <= region.size else -1
+
+    def _indirect_table(self, table: memoryview | bytes, addr: int, length: int, flags: int, left: int) -> bytes:
+        """A private copy of an indirect table (section 2.7.5.3), so that the guest cannot change it under the walk."""
+        if not self._indirect:
+            raise RingError("an indirect descriptor, which was not negotiated")
+        if isinstance(table, bytes):
+            raise RingError("an indirect descriptor within an indirect table")
+        if flags & DESC_F_NEXT:
+            raise RingError("an indirect descriptor with a next one")
+        if not length or length & 15 or length >> 4 > left:
+            raise RingError("an indirect table of a bad length")
+        return b"".join(self._memory.translate(addr, length, False))
+
+    # --- giving them back
+
+    def push(self, head: int, written: int = 0) -> None:
+        if self.stopped:
+            raise StateError("push on a stopped queue")
+        held = self._held
+        room = held[head] if 0 <= head < self.size else -1
+        if room < 0:
+            raise StateError(f"head {head} is not in flight")
+        if not 0 <= written <= room:
+            raise ValueError(f"{written} bytes written where there is room for {room}")
+        held[head] = -1
+        position = self._used_idx
+        slot = (position & (self.size - 1)) << 1
+        self._used32[slot] = head
+        self._used32[slot + 1] = written
+        if self._order is not None:
+            self._order()  # the element, and what was written, are there before the index says so
+        self._used_idx = self._used[1] = (position + 1) & _MASK
+
+    def notify(self) -> bool:
+        if self.should_notify():
+            if self._signal is not None:
+                self._signal()
+            return True
+        return False
+
+    def should_notify(self) -> bool:
+        if self.stopped:
+            return False
+        used = self._used_idx
+        since = self._signalled
+        if since == used:
+            return False
+        self._full()  # the used index is visible before looking whether the driver sleeps
+        if self._event_idx:
+            event = self._avail[2 + self.size]
+            if (used - event - 1) & _MASK >= (used - since) & _MASK and not self._fresh:
+                return False
+        elif self._avail[0] & NO_SIGNAL:
+            return False
+        self._signalled = used
+        self._fresh = False
+        return True
+
+    # --- being woken
+
+    def disable_notifications(self) -> None:
+        # With EVENT_IDX the driver stays silent until its index passes avail_event, so there is nothing to say.
+        if not (self._event_idx or self.stopped):
+            self._used[0] = NO_SIGNAL
+
+    def enable_notifications(self) -> bool:
+        if self.stopped or self.broken:
+            return False
+        if self._event_idx:
+            self._used[2 + 4 * self.size] = self._next
+        else:
+            self._used[0] = 0
+        self._full()  # the driver sees the wish before its index is looked at again
+        return self._look()
+
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+        pop, push = self.pop, self.push
+        self.disable_notifications()
+        unsignalled = 0
+        try:
+            while budget > 0:
+                chain = pop()
+                if chain is None:
+                    if not self.enable_notifications():
+                        return False
+                    self.disable_notifications()
+                    continue
+                budget -= 1
+                written = handler(chain)
+                if written is not None:
+                    push(chain.head, written)
+                    unsignalled += 1
+                    if unsignalled >= notify_every:
+                        unsignalled = 0
+                        self.notify()
+            return self.enable_notifications()
+        finally:
+            self.notify()
+
+    # --- state
+
+    def _break(self, why: str) -> None:
+        if self.broken is None:
+            self.broken = RingError(why)
+            self.notify()
+
+    def give_up(self, why: str) -> None:
+        """Break the queue and touch its memory no more: the ring has lost its place."""
+        self._break(why)
+        self.stop()
+
+    def adopt(self, paused: DeviceQueue) -> None:
+        if not isinstance(paused, SplitDeviceQueue) or paused.size != self.size or not paused.stopped:
+            raise StateError("only a stopped queue of the same kind and size can be taken over")
+        self._held = paused._held
+        paused._held = [-1] * paused.size
+
+    @property
+    def in_flight(self) -> int:
+        return sum(room >= 0 for room in self._held)
+
+    @property
+    def next_base(self) -> int:
+        return self._next
+
+    def stop(self) -> int:
+        if not self.stopped:
+            self.stopped = True
+            empty = memoryview(b"")
+            # The ring may be unmapped from now on.
+            self._desc = self._avail = self._used = self._used32 = self._view = self._readonly = empty
+            self._base = self._span = 0
+            self._memory = GuestMemory()
+        return self._next

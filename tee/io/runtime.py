@@ -1,0 +1,423 @@
+"""A thread that owns a :class:`~tee.driver.TeeDriver`, and a synchronous, thread-safe API to it.
+
+The owner thread runs the driver and nothing else; RPCs are served one after another on a second thread, so that a slow
+service (a TA read from a slow disk) holds neither completions nor cancels up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+from tee.calls import Call, CloseContext, OpenContext, RegisterMemory, UnregisterMemory
+from tee.driver import Done, Event, RpcWithdrawn, TeeDriver, TeeInfo
+from tee.io.supplicant import Allocator, RpcServer
+from tee.memory import Memory
+from tee.params import MemRef
+from tee.results import Origin, Result, TeeError
+from tee.rpc import Rpc, RpcCommand, RpcReply
+
+#: How long :meth:`TeeRuntime.close` waits for contexts to end, in seconds.
+CLOSE_TIMEOUT = 5.0
+
+#: How long a call that Ctrl-C interrupts is waited for after it was cancelled, in seconds.
+INTERRUPT_GRACE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an observer is told. ``time`` is ``time.monotonic()`` in seconds.
+
+    ``kind`` is "start", "cancel", "done" (``subject`` the Call; ``detail`` its Done), "rpc", "answer" (``detail`` the
+    reply) or "withdrawn" (``subject`` the Rpc).
+    """
+
+    time: float
+    kind: str
+    subject: Call | Rpc
+    detail: Done | RpcReply | None = None
+
+
+_log = logging.getLogger(__name__)
+
+Observer = Callable[[Observation], None]
+
+
+class Pending:
+    """A call that was submitted."""
+
+    __slots__ = ("_done", "_runtime", "_woken", "call")
+
+    def __init__(self, runtime: TeeRuntime, call: Call) -> None:
+        self.call = call
+        self._runtime = runtime
+        self._woken = threading.Event()
+        self._done: Done | None = None
+
+    @property
+    def done(self) -> Done | None:
+        """How the call ended, or None while it has not."""
+        return self._done
+
+    def wait(self, timeout: float | None = None) -> Done:
+        """Wait for the call to end. TimeoutError after ``timeout`` seconds: the call then still runs."""
+        if not self._woken.wait(timeout):
+            raise TimeoutError(f"{type(self.call).__name__} has not ended after {timeout} s")
+        assert self._done is not None
+        return self._done
+
+    def cancel(self) -> None:
+        """Ask the call to end early. It still ends by its Done."""
+        self._runtime.cancel(self.call)
+
+    def end(self, done: Done) -> None:
+        """For the runtime: the call has ended."""
+        self._done = done
+        self._woken.set()
+
+
+class TeeRuntime:
+    """Runs ``driver``. ``supplicant`` answers its RPCs (without one: COMMUNICATION). A context manager.
+
+    ``on_event`` is called with an :class:`Observation` of each call, RPC and answer, mostly on the owner thread: it
+    must be quick and must not call the runtime.
+    """
+
+    def __init__(
+        self,
+        driver: TeeDriver,
+        supplicant: RpcServer | None = None,
+        on_event: Observer | None = None,
+        *,
+        vm: str = "",
+    ) -> None:
+        """``vm`` names the machine in whose context the supplicant's memory is registered."""
+        self._driver = driver
+        self._supplicant = supplicant
+        self._observe = on_event
+        self._vm = vm
+        self._commands: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # guards what follows, up to the wake-up
+        self._pending: dict[Call, Pending] = {}
+        self._contexts: set[object] = set()
+        self._outstanding: set[Rpc] = set()
+        self._closed = False  # nothing can be submitted any more
+        self._finished = False  # close() has begun
+        self._stopping = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._work: queue.SimpleQueue[Rpc | None] = queue.SimpleQueue()
+        self._memory = _SupplicantMemory(self)
+        self._names = next(_numbers)
+        driver.attach(self._sink)
+        self._owner = threading.Thread(target=self._own, name=f"tee-runtime-{self._names}", daemon=True)
+        self._worker = threading.Thread(target=self._serve, name=f"tee-supplicant-{self._names}", daemon=True)
+        self._owner.start()
+        self._worker.start()
+
+    def __enter__(self) -> TeeRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def info(self) -> TeeInfo:
+        """Which TEE it is."""
+        return self._driver.info
+
+    def submit(self, call: Call) -> Pending:
+        """Start ``call``; RuntimeError after :meth:`close`."""
+        pending = Pending(self, call)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the runtime is closed")
+            if call in self._pending:
+                raise ValueError("this call has been started already")
+            self._pending[call] = pending
+        self._tell("start", call)
+        self._post(lambda: self._driver.start(call))
+        return pending
+
+    def call(self, call: Call, timeout: float | None = None) -> Done:
+        """Start ``call`` and wait for its end.
+
+        After ``timeout`` seconds the call is cancelled and TimeoutError raised; it ends by itself some time later.
+        Ctrl-C cancels it, and is raised when it has ended (or has not within :data:`INTERRUPT_GRACE`).
+        """
+        pending = self.submit(call)
+        try:
+            return pending.wait(timeout)
+        except TimeoutError:
+            pending.cancel()
+            raise
+        except KeyboardInterrupt:
+            pending.cancel()
+            with suppress(TimeoutError):
+                pending.wait(INTERRUPT_GRACE)
+            raise
+
+    def cancel(self, call: Call) -> None:
+        """Ask ``call`` to end early; nothing where it has ended."""
+        with self._lock:
+            if call not in self._pending or self._stopping:
+                return
+        self._tell("cancel", call)
+        self._post(lambda: self._driver.cancel(call))
+
+    def allocate(self, size: int) -> Memory:
+        """Memory that the TEE can reach, not registered. Raises MemoryError. :meth:`release` gives it back."""
+        memory: list[Memory | MemoryError] = []
+
+        def allocate() -> None:
+            try:
+                memory.append(self._driver.allocate(size))
+            except MemoryError as error:
+                memory.append(error)
+
+        self._run_on_owner(allocate)
+        if not memory:
+            raise MemoryError("the runtime is closed")
+        if isinstance(memory[0], MemoryError):
+            raise memory[0]
+        return memory[0]
+
+    def release(self, memory: Memory) -> None:
+        """Give back what :meth:`allocate` gave."""
+        self._run_on_owner(lambda: self._driver.release(memory))
+
+    def allocate_registered(self, context: object, size: int) -> Memory:
+        """Memory that is allocated and registered in ``context``. Raises MemoryError, or TeeError where it is
+        refused.
+        """
+        memory = self.allocate(size)
+        done = self.call(RegisterMemory(context=context, memory=memory))
+        if done.code != Result.SUCCESS:
+            self.release(memory)
+            raise TeeError(done.code, done.origin, f"registering {size} bytes")
+        return memory
+
+    def release_registered(self, context: object, memory: Memory) -> None:
+        """Unregister, then release. Where the context has ended, its registrations have ended with it."""
+        self.call(UnregisterMemory(context=context, memory=memory))
+        self.release(memory)
+
+    def close(self) -> None:
+        """End all contexts, answer all RPCs, stop both threads. Calls that have not ended then end with
+        COMMUNICATION.
+        """
+        with self._lock:
+            if self._finished:
+                return
+            self._closed = self._finished = True
+            contexts = () if self._stopping else tuple(self._contexts)
+            calls: list[Call] = [CloseContext(context=context) for context in contexts]
+            waits = [Pending(self, call) for call in calls]
+            self._pending.update(zip(calls, waits, strict=True))
+            outstanding = tuple(self._outstanding)
+        for rpc in outstanding:
+            self._answer(rpc, RpcReply(Result.COMMUNICATION))
+        for call in calls:
+            self._tell("start", call)
+            self._post(lambda call=call: self._driver.start(call))  # type: ignore[misc]
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for wait in waits:
+            try:
+                wait.wait(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                break
+        with self._lock:
+            self._stopping = True
+        self._work.put(None)
+        if threading.current_thread() is not self._worker:
+            self._worker.join(CLOSE_TIMEOUT)
+        self._post(lambda: None)
+        self._owner.join(CLOSE_TIMEOUT)
+        self._end_all()
+        if not self._owner.is_alive():
+            os.close(self._wake)
+
+    # The owner thread.
+
+    def _own(self) -> None:
+        try:
+            self._loop()
+        except BaseException:
+            # The driver is broken. Nobody must wait for it for ever.
+            with self._lock:
+                self._closed = self._stopping = True
+            self._end_all()
+            raise
+
+    def _end_all(self) -> None:
+        with self._lock:
+            left = tuple(self._pending.values())
+            self._pending.clear()
+        for pending in left:
+            pending.end(Done(pending.call, Result.COMMUNICATION, Origin.API, may_have_run=True))
+
+    def _loop(self) -> None:
+        driver, poll, commands = self._driver, select.poll(), self._commands
+        poll.register(self._wake, select.POLLIN)
+        fd = driver.fileno()
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        while True:
+            while commands:
+                commands.popleft()()
+            left = driver.run()
+            if commands or left == 0:
+                continue
+            if self._stopping:
+                return
+            # Rounded up: to wake early would mean to run without anything to do.
+            poll.poll(None if left is None else int(left * 1000) + 1)
+            try:
+                os.eventfd_read(self._wake)
+            except BlockingIOError:
+                continue
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        if threading.current_thread() is not self._owner:
+            os.eventfd_write(self._wake, 1)
+
+    def _run_on_owner(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on the owner thread and wait for it; not at all where that thread has ended."""
+        if threading.current_thread() is self._owner:
+            action()
+            return
+        finished = threading.Event()
+
+        def run() -> None:
+            try:
+                action()
+            finally:
+                finished.set()
+
+        with self._lock:
+            if self._stopping:
+                return
+            self._commands.append(run)
+            os.eventfd_write(self._wake, 1)
+        while not finished.wait(1.0):
+            if not self._owner.is_alive():
+                return
+
+    def _sink(self, event: Event) -> None:
+        if isinstance(event, Done):
+            self._ended(event)
+        elif isinstance(event, RpcWithdrawn):
+            with self._lock:
+                self._outstanding.discard(event.rpc)
+            self._tell("withdrawn", event.rpc)
+        else:
+            self._asked(event)
+
+    def _ended(self, done: Done) -> None:
+        call = done.call
+        with self._lock:
+            pending = self._pending.pop(call, None)
+            if isinstance(call, OpenContext) and done.code == Result.SUCCESS:
+                self._contexts.add(done.value)
+            elif isinstance(call, CloseContext):
+                self._contexts.discard(call.context)
+        self._tell("done", call, done)
+        if pending is not None:
+            pending.end(done)
+
+    def _asked(self, rpc: Rpc) -> None:
+        self._tell("rpc", rpc)
+        with self._lock:
+            self._outstanding.add(rpc)
+            refuse = self._closed or self._supplicant is None
+        if refuse:
+            self._answer(rpc, RpcReply(Result.COMMUNICATION))
+        else:
+            self._work.put(rpc)
+
+    def _answer(self, rpc: Rpc, reply: RpcReply) -> bool:
+        """Answer ``rpc``; False where it is no longer wanted."""
+        with self._lock:
+            if rpc not in self._outstanding:
+                return False
+            self._outstanding.discard(rpc)
+        self._tell("answer", rpc, reply)
+        self._post(lambda: self._driver.answer(rpc, reply))
+        return True
+
+    # The supplicant's thread.
+
+    def _serve(self) -> None:
+        supplicant = self._supplicant
+        while (rpc := self._work.get()) is not None:
+            if supplicant is None:
+                continue
+            with self._lock:
+                wanted = rpc in self._outstanding
+            # Memory is freed also where the TEE has stopped waiting for that.
+            if not wanted and rpc.command != RpcCommand.SHM_FREE:
+                continue
+            try:
+                reply = supplicant.serve(rpc, self._memory)
+            except Exception:
+                _log.exception("a service of the supplicant failed")
+                reply = RpcReply(Result.GENERIC)
+            if not self._answer(rpc, reply) and rpc.command == RpcCommand.SHM_ALLOC:
+                self._forget(supplicant, reply)
+
+    def _forget(self, supplicant: RpcServer, reply: RpcReply) -> None:
+        """Free memory that the TEE asked for, but whose answer came too late."""
+        for param in reply.params:
+            if isinstance(param, MemRef) and param.memory is not None:
+                supplicant.forget(param.memory)
+
+    def open_supplicant_context(self) -> object:
+        """For the allocator: open that context."""
+        done = self.call(OpenContext(vm=self._vm))
+        if done.code != Result.SUCCESS:
+            raise TeeError(done.code, done.origin, "the supplicant's context")
+        return done.value
+
+    def _tell(self, kind: str, subject: Call | Rpc, detail: Done | RpcReply | None = None) -> None:
+        if self._observe is not None:
+            self._observe(Observation(time.monotonic(), kind, subject, detail))
+
+
+class _SupplicantMemory(Allocator):
+    """Memory for SHM_ALLOC, registered in a context of its own that is opened when it is first needed."""
+
+    def __init__(self, runtime: TeeRuntime) -> None:
+        self._runtime = runtime
+        self._context: object = None
+
+    def context(self) -> object:
+        if self._context is None:
+            self._context = self._runtime.open_supplicant_context()
+        return self._context
+
+    def allocate(self, size: int) -> Memory:
+        try:
+            return self._runtime.allocate_registered(self.context(), size)
+        except RuntimeError:  # closed meanwhile
+            raise MemoryError from None
+
+    def free(self, memory: Memory) -> None:
+        try:
+            self._runtime.release_registered(self._context, memory)
+        except RuntimeError:  # closed: the memory has gone with its context
+            return
+
+
+_numbers = itertools.count(1)

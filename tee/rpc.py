@@ -1,0 +1,84 @@
+"""Calls out of the TEE: the commands of OP-TEE's RPC and what carries them.
+
+Numbers are OP-TEE's (core/include/optee_rpc_cmd.h), so that unmodified supplicants serve them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from tee.calls import Call
+from tee.params import Param
+from tee.results import Origin, Result
+
+
+class RpcCommand(IntEnum):
+    """What a TEE asks of the normal world."""
+
+    LOAD_TA = 0
+    RPMB = 1
+    FS = 2
+    GET_TIME = 3
+    NOTIFICATION = 4
+    SUSPEND = 5
+    SHM_ALLOC = 6
+    SHM_FREE = 7
+    GPROF = 9
+    SOCKET = 10
+    FTRACE = 11
+    PLUGIN = 12
+    BENCH_REG = 20
+    I2C_TRANSFER = 21
+    RPMB_PROBE_RESET = 22
+    RPMB_PROBE_NEXT = 23
+    RPMB_FRAMES = 24
+
+
+class ShmType(IntEnum):
+    """Whose memory SHM_ALLOC asks for."""
+
+    APPLICATION = 0
+    KERNEL = 1
+    GLOBAL = 2
+
+
+def describe_command(command: int) -> str:
+    """The name of an RPC command, or its number."""
+    try:
+        return RpcCommand(command).name
+    except ValueError:
+        return f"RPC {command}"
+
+
+@dataclass(slots=True, eq=False)
+class Rpc:
+    """One call out of the TEE; itself the event that announces it.
+
+    ``call`` is the call that caused it, or None where the TEE does not say. ``params`` are as OP-TEE defines them for
+    the command, with one difference: where OP-TEE passes memory by a cookie (SHM_ALLOC's answer, SHM_FREE's
+    argument), a
+    :class:`~tee.params.MemRef` stands.
+
+    ====================  ============================================================  ================================
+    command               params of the request                                         params of the reply
+    ====================  ============================================================  ================================
+    LOAD_TA               [Value IN: UUID's octets as little-endian a, b]               [same,
+                          [MemRef OUT: memory, or NULL to ask for the size]              MemRef OUT: size of the TA]
+    SHM_ALLOC             [Value IN: a = ShmType, b = bytes, c = alignment]             [MemRef INOUT: the memory]
+    SHM_FREE              [Value IN: a = ShmType], [MemRef INOUT: the memory]           []
+    ====================  ============================================================  ================================
+    """
+
+    command: int
+    params: list[Param]
+    call: Call | None = None
+
+
+@dataclass(slots=True)
+class RpcReply:
+    """The answer: ``code`` is a :class:`~tee.results.Result`; ``params`` as the command defines them."""
+
+    code: int = Result.SUCCESS
+    params: list[Param] = field(default_factory=list)
+    origin: int = Origin.COMMS

@@ -1,0 +1,69 @@
+"""What the software TEE keeps: contexts, sessions, instances and registrations. Data only; the driver moves it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from tee.calls import Call
+from tee.memory import Memory
+from tee.soft.scheduler import Task
+from tee.soft.states import ContextState, InstanceState, SessionState
+from tee.soft.ta import Environment, TrustedApplication
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """The code of a TA: its class, and the version from its package."""
+
+    uuid: UUID
+    ta: type[TrustedApplication]
+    version: int
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """A client's connection to ``tee`` from the machine ``vm``, and all that hangs under it."""
+
+    tee: object
+    vm: str
+    state: ContextState = ContextState.OPEN
+    tasks: set[Task] = field(default_factory=set)
+    sessions: set[Session] = field(default_factory=set)
+    registrations: set[Registration] = field(default_factory=set)
+    closer: Call | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """A running TA. ``owner`` is the task that is in it or about to be; the others wait in ``queue``."""
+
+    program: Program
+    env: Environment
+    state: InstanceState = InstanceState.CREATING
+    ta: TrustedApplication | None = None
+    owner: Task | None = None
+    queue: deque[Task] = field(default_factory=deque)
+    sessions: set[Session] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A session; the object itself is what a client is given. ``data`` is what the TA made of it."""
+
+    context: Context
+    instance: Instance
+    state: SessionState = SessionState.OPENING
+    data: object = None
+
+
+@dataclass(slots=True, eq=False)
+class Registration:
+    """A registered memory; the ``handle`` of that memory. ``users`` counts the calls that may touch it."""
+
+    context: Context
+    memory: Memory
+    users: int = 0
+    ending: bool = False
+    unregister: Call | None = None

@@ -1,0 +1,344 @@
+"""Runs the coroutines of the software TEE: who may run, who waits for what, and how a waiting one is woken.
+
+It knows calls, threads, timers and RPCs, but neither sessions nor TAs. Coroutines talk to it by what they ``await``: a
+:class:`Yield`, a :class:`Sleep` or a :class:`CallOut`. "Threads" are no threads of an operating system, but how many
+    calls can be
+inside TAs at once, as on a real TEE; all of it runs on the one thread that calls :meth:`Scheduler.step`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
+from typing import Any
+
+from tee.calls import Call
+from tee.results import Origin, Result, TeeError
+from tee.rpc import Rpc, RpcReply
+from tee.soft.states import CALL, CallEvent, CallState
+
+#: How often a coroutine may go on waiting after its context began to close, before it is ended as if it had panicked.
+MAX_REFUSALS = 1000
+
+_ADMIT, _RESUME, _RETURN = CallEvent.ADMIT, CallEvent.RESUME, CallEvent.RETURN
+_INTERRUPT, _ABANDON, _TIMER, _ANSWER = CallEvent.INTERRUPT, CallEvent.ABANDON, CallEvent.TIMER, CallEvent.ANSWER
+_WAITING, _ENDED = CallState.WAITING, CallState.ENDED
+
+
+class Yield:
+    """Let others run."""
+
+    __slots__ = ()
+    event = CallEvent.YIELD
+    shielded = False
+
+
+class Sleep:
+    """Wait for ``seconds``."""
+
+    __slots__ = ("seconds",)
+    event = CallEvent.SLEEP
+    shielded = False
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+class CallOut:
+    """Announce ``rpc`` and wait for its answer, for ``timeout`` seconds at most. A *shielded* one no cancel
+    interrupts.
+    """
+
+    __slots__ = ("rpc", "shielded", "timeout")
+    event = CallEvent.CALL_OUT
+
+    def __init__(self, rpc: Rpc, *, shielded: bool = False, timeout: float | None = None) -> None:
+        self.rpc = rpc
+        self.shielded = shielded
+        self.timeout = timeout
+
+
+Wait = Yield | Sleep | CallOut
+_WAITS = (Yield, Sleep, CallOut)
+
+
+@types.coroutine
+def suspend(wait: Wait) -> Generator[Wait, Any, Any]:
+    """Give ``wait`` to the scheduler; returns its outcome (an RpcReply for a CallOut)."""
+    return (yield wait)
+
+
+class Panic(Exception):  # noqa: N818 - a panic is what it is
+    """A coroutine that has to be ended from outside."""
+
+
+class Task:
+    """One call being served.
+
+    ``main`` makes the coroutine when the task first runs; ``ended`` is told its value or its exception, exactly once.
+    A task with ``needs_thread`` False runs beside the threads: the TEE's own work.
+    """
+
+    __slots__ = (
+        "call",
+        "cancellable",
+        "cancelled",
+        "context",
+        "coroutine",
+        "ended",
+        "entered",
+        "forced",
+        "instance",
+        "leases",
+        "main",
+        "masked",
+        "needs_thread",
+        "pairs",
+        "params",
+        "program",
+        "refusals",
+        "session",
+        "state",
+        "threaded",
+        "turn",
+        "value",
+        "wait",
+    )
+
+    def __init__(self, call: Call | None, context: Any) -> None:
+        self.call = call
+        self.context = context
+        self.state = _WAITING
+        self.coroutine: Coroutine[Wait, Any, Any] | None = None
+        self.cancelled = False  # the client asked it to end
+        self.forced = False  # its context is closing
+        self.masked = True
+        self.cancellable = True
+        self.needs_thread = True
+        self.threaded = False
+        self.entered = False
+        self.refusals = 0
+        self.turn = 0  # counts the waits, so that an old timer is told from the current one
+        self.value: Any = None  # what the coroutine is resumed with
+        self.wait: Wait | None = None
+        self.main: Callable[[Task], Coroutine[Wait, Any, Any]]
+        self.ended: Callable[[Task, Any, BaseException | None], None]
+        # for the owner of the scheduler
+        self.session: Any = None
+        self.instance: Any = None
+        self.program: Any = None
+        self.params: Any = None
+        self.pairs: Any = ()
+        self.leases: Any = ()
+
+    @property
+    def interrupted(self) -> bool:
+        """A cancel reaches this task now."""
+        return self.forced or (self.cancelled and not self.masked)
+
+
+class Scheduler:
+    """See the module's text. ``emit_rpc`` and ``emit_withdrawn`` receive RPCs that go out and that are given up."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float],
+        threads: int,
+        emit_rpc: Callable[[Rpc], None],
+        emit_withdrawn: Callable[[Rpc], None],
+    ) -> None:
+        if threads < 1:
+            raise ValueError("a TEE needs at least one thread")
+        self.ready: deque[Task] = deque()
+        self.threads = threads
+        self.free = threads
+        self.rpcs: dict[Rpc, Task] = {}
+        self._clock = clock
+        self._emit_rpc = emit_rpc
+        self._emit_withdrawn = emit_withdrawn
+        self._waiting: deque[Task] = deque()
+        self._timers: list[tuple[float, int, Task, int]] = []
+        self._timer_number = 0
+        self._prune_at = 256
+        self._table = {pair: (state, getattr(self, f"_{action}")) for pair, (state, action) in CALL.items()}
+
+    def submit(self, task: Task) -> None:
+        """Let ``task`` run as soon as a thread is free (at once where it needs none)."""
+        if task.needs_thread:
+            if not self.free:
+                self._waiting.append(task)
+                return
+            self.free -= 1
+            task.threaded = True
+        self._fire(task, _ADMIT)
+
+    def step(self) -> None:
+        """Run the task whose turn it is, until it waits or ends. There must be one in ``ready``."""
+        self._fire(self.ready.popleft(), _RESUME)
+
+    def cancel(self, task: Task) -> None:
+        """The client asks ``task`` to end."""
+        if not task.cancellable:
+            return
+        task.cancelled = True
+        self._interrupt(task)
+
+    def force(self, task: Task) -> None:
+        """The context of ``task`` is closing: no mask counts, and what it waits for is refused from here on."""
+        task.forced = True
+        self._interrupt(task)
+
+    def abandon(self, task: Task, error: TeeError) -> None:
+        """End a task that has not begun."""
+        self._fire(task, _ABANDON, error)
+
+    def answer(self, rpc: Rpc, reply: RpcReply) -> None:
+        """Wake whoever waits for ``rpc``; nothing where nobody does."""
+        task = self.rpcs.pop(rpc, None)
+        if task is not None:
+            self._fire(task, _ANSWER, reply)
+
+    def expire(self) -> float | None:
+        """Wake those whose time has come; returns the seconds to the next, or None."""
+        while self._timers:
+            when, _, task, turn = self._timers[0]
+            if task.turn != turn or task.state == _ENDED:
+                heapq.heappop(self._timers)
+                continue
+            left = when - self._clock()
+            if left > 0:
+                return left
+            heapq.heappop(self._timers)
+            self._fire(task, _TIMER)
+        return None
+
+    # What follows are the table's actions and what they need.
+
+    def _fire(self, task: Task, event: CallEvent, argument: Any = None) -> None:
+        row = self._table.get((task.state, event))
+        if row is not None:
+            task.state = row[0]
+            row[1](task, argument)
+
+    def _interrupt(self, task: Task) -> None:
+        if task.state == _WAITING:
+            if task.cancellable:
+                self._fire(task, _INTERRUPT)
+        elif task.interrupted and not (task.wait is not None and task.wait.shielded):
+            self._fire(task, _INTERRUPT)
+
+    def _queue(self, task: Task, _: Any) -> None:
+        task.turn += 1
+        self.ready.append(task)
+
+    def _deliver(self, task: Task, reply: RpcReply) -> None:
+        task.value = reply
+        self._queue(task, None)
+
+    def _withdraw(self, task: Task, _: Any) -> None:
+        assert isinstance(task.wait, CallOut)
+        rpc = task.wait.rpc
+        del self.rpcs[rpc]
+        self._emit_withdrawn(rpc)
+        self._queue(task, None)
+
+    def _withdraw_late(self, task: Task, _: Any) -> None:
+        task.value = TeeError(Result.COMMUNICATION, Origin.TEE, "the RPC was not answered in time")
+        self._withdraw(task, None)
+
+    def _arm_timer(self, task: Task, wait: Sleep) -> None:
+        self._set_timer(task, wait.seconds)
+
+    def _announce(self, task: Task, wait: CallOut) -> None:
+        self.rpcs[wait.rpc] = task
+        if wait.timeout is not None:
+            self._set_timer(task, wait.timeout)
+        self._emit_rpc(wait.rpc)
+
+    def _set_timer(self, task: Task, seconds: float) -> None:
+        if len(self._timers) > self._prune_at:
+            # Timers of waits that ended early would else stay, with their tasks, until their time comes.
+            self._timers = [entry for entry in self._timers if entry[2].turn == entry[3]]
+            heapq.heapify(self._timers)
+            self._prune_at = 2 * len(self._timers) + 256
+        self._timer_number += 1
+        heapq.heappush(self._timers, (self._clock() + seconds, self._timer_number, task, task.turn))
+
+    def _drop_cancelled(self, task: Task, _: Any) -> None:
+        self._drop(task, TeeError(Result.CANCEL, Origin.TEE, "cancelled before it began"))
+
+    def _drop(self, task: Task, error: TeeError) -> None:
+        # Its place in a queue stays until that queue comes to it; whoever takes it out sees that it has ended.
+        task.ended(task, None, error)
+
+    def _step(self, task: Task, _: Any) -> None:
+        wait, value = task.wait, task.value
+        task.wait = task.value = None
+        try:
+            coroutine = task.coroutine
+            if coroutine is None:
+                if task.cancellable and (task.cancelled or task.forced):
+                    raise TeeError(Result.CANCEL, Origin.TEE, "cancelled before it began")
+                task.coroutine = coroutine = task.main(task)
+                wait = coroutine.send(None)
+            elif isinstance(value, TeeError):
+                wait = coroutine.throw(value)
+            elif wait is not None and value is None and not wait.shielded and task.interrupted:
+                wait = coroutine.throw(self._refusal(task))
+            else:
+                wait = coroutine.send(value)
+        except StopIteration as stop:
+            self._fire(task, _RETURN, (stop.value, None))
+            return
+        except KeyboardInterrupt:
+            raise  # it is for whoever runs the TEE
+        except BaseException as error:
+            self._fire(task, _RETURN, (None, error))
+            return
+        if not isinstance(wait, _WAITS):
+            self._kill(task, f"awaits {type(wait).__name__}, which is nothing of its environment")
+        elif task.forced and task.refusals > MAX_REFUSALS:
+            self._kill(task, "does not end although its context is closing")
+        else:
+            task.wait = wait
+            # Whoever is interrupted already does not begin to wait, but gives way once before it is told.
+            refused = task.interrupted and not wait.shielded
+            self._fire(task, CallEvent.YIELD if refused else wait.event, wait)
+
+    def _refusal(self, task: Task) -> TeeError:
+        task.refusals += 1
+        if task.forced:
+            return TeeError(Result.CANCEL, Origin.TEE, "the client's context is closing")
+        return TeeError(Result.CANCEL, Origin.TEE, "cancelled")
+
+    def _kill(self, task: Task, why: str) -> None:
+        assert task.coroutine is not None
+        with suppress(BaseException):  # whatever it does at its end, it is dropped here
+            task.coroutine.close()
+        self._fire(task, _RETURN, (None, Panic(why)))
+
+    def _end(self, task: Task, outcome: tuple[Any, BaseException | None]) -> None:
+        if task.threaded:
+            task.threaded = False
+            self._pass_thread_on()
+        task.coroutine = None
+        task.ended(task, *outcome)
+
+    def _pass_thread_on(self) -> None:
+        while self._waiting:
+            task = self._waiting.popleft()
+            if task.state == _WAITING:
+                task.threaded = True
+                self._fire(task, _ADMIT)
+                return
+        self.free += 1
+
+    def rearm(self, task: Task) -> None:
+        """Make an ended task ready to be submitted again, with another ``main``: a call that is served in two steps."""
+        task.state = _WAITING
+        task.wait = task.value = None
+        task.turn += 1

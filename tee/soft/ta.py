@@ -1,0 +1,306 @@
+"""How a trusted application for the software TEE is written.
+
+A TA is one class. Its methods are coroutines: they run until they end or until they ``await`` something of
+``self.env``; in between nothing else of the TEE runs, so **work that takes more than a millisecond or so has to**
+``await self.env.checkpoint()`` now and then. A call ends well by returning; :class:`~tee.results.TeeError` ends it
+with that code; any other exception is a *panic*: the instance and all its sessions are dead (TARGET_DEAD), the TEE is
+not.
+
+>>> from tee.soft.ta import Direction, Parameters, TrustedApplication, bad_command
+>>> class Adder(TrustedApplication):
+...     uuid = UUID("00000000-0000-4000-8000-000000000001")
+...     async def invoke(self, session, command, params):
+...         if command != 0:
+...             raise bad_command(command)
+...         params.expect(1)
+...         value = params.value(0, Direction.INOUT)
+...         value.a += value.b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+from uuid import UUID
+
+from tee.calls import Client
+from tee.memory import Memory
+from tee.params import Direction, Nothing, Param, Value
+from tee.results import Origin, Result, TeeError
+from tee.rpc import Rpc, RpcReply
+from tee.soft.scheduler import CallOut, Sleep, Task, Yield, suspend
+
+__all__ = [
+    "UUID",
+    "Client",
+    "Direction",
+    "Environment",
+    "MemoryReference",
+    "Nothing",
+    "Origin",
+    "Parameters",
+    "Result",
+    "TeeError",
+    "TrustedApplication",
+    "Value",
+    "bad_command",
+]
+
+
+class MemoryReference:
+    """A memory reference as a TA sees it: the client's bytes in place, never a copy.
+
+    The client can change them at any time: read once what must not change in between. ``capacity`` is how many bytes
+    there are; ``size`` is the same at first and is what the TA sets for an output: the bytes that it wrote.
+    """
+
+    __slots__ = ("_memory", "_offset", "_size", "_views", "capacity", "direction")
+
+    def __init__(self, direction: Direction, memory: Memory | None, offset: int, size: int) -> None:
+        self.direction = direction
+        self._memory = memory
+        self._offset = offset
+        self._size = size
+        self._views: list[memoryview] | None = None
+        self.capacity = 0 if memory is None else size  #: bytes that can be read or written here
+
+    @property
+    def null(self) -> bool:
+        """This is the NULL reference: there are no bytes, and ``size`` is only what the client said."""
+        return self._memory is None
+
+    @property
+    def size(self) -> int:
+        """Bytes of content; setting it (0 to ``capacity``) is how a TA reports what it wrote."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if not 0 <= size <= self.capacity:
+            raise ValueError(f"a size of {size} in a reference to {self.capacity} bytes")
+        self._size = size
+
+    def view(self) -> memoryview | None:
+        """All bytes in place (read-only for an input), or None where they lie in several pieces or there are none.
+
+        The view ends with the call.
+        """
+        if self._memory is None:
+            return None
+        try:
+            view = self._memory.view(self._offset, self.capacity)
+        except ValueError:
+            self._blame()
+        if view is None:
+            return None
+        if self.direction == Direction.IN:
+            view = view.toreadonly()
+        if self._views is None:
+            self._views = []
+        self._views.append(view)
+        return view
+
+    def read(self, offset: int = 0, size: int | None = None) -> bytes:
+        """A private copy of ``size`` bytes (default: all from ``offset`` on)."""
+        size = self.capacity - offset if size is None else size
+        if offset < 0 or size < 0 or offset + size > self.capacity:
+            raise ValueError(f"{size} bytes at {offset} of a reference to {self.capacity} bytes")
+        if self._memory is None:
+            return b""
+        try:
+            return self._memory.read(self._offset + offset, size)
+        except ValueError:
+            self._blame()
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> None:
+        """Write ``data`` in place; ``size`` stays as it is."""
+        if self.direction == Direction.IN:
+            raise ValueError("an input is not written to")
+        if offset < 0 or offset + len(data) > self.capacity:
+            raise ValueError(f"{len(data)} bytes at {offset} of a reference to {self.capacity} bytes")
+        if self._memory is None:
+            return
+        try:
+            self._memory.write(self._offset + offset, data)
+        except ValueError:
+            self._blame()
+
+    def put(self, data: bytes | bytearray | memoryview) -> None:
+        """Make ``data`` the whole output; SHORT_BUFFER with the size that is needed where it does not fit."""
+        if len(data) > self.capacity or self._memory is None:
+            self.need(len(data))
+        self.write(data)
+        self._size = len(data)
+
+    def need(self, size: int) -> NoReturn:
+        """End the call with SHORT_BUFFER and tell the client that ``size`` bytes are needed."""
+        self._size = size
+        raise TeeError(Result.SHORT_BUFFER, Origin.TRUSTED_APP, f"{size} bytes are needed, {self.capacity} are there")
+
+    def end(self) -> None:
+        """The call has ended: views that the TA still holds are taken away (for the TEE, not for TAs)."""
+        for view in self._views or ():
+            try:
+                view.release()
+            except BufferError:  # a copy of the view is in use somewhere; it lives until the TA lets it go
+                continue
+
+    def _blame(self) -> NoReturn:
+        """Whose fault was a ValueError of the memory: the client's, where it took the memory away, else the TA's."""
+        if self._memory is not None and not self._memory.segments:
+            raise TeeError(Result.COMMUNICATION, Origin.COMMS, "the client's memory is gone") from None
+        raise
+
+
+TaParam = Value | MemoryReference | Nothing
+
+
+class Parameters(list[TaParam]):
+    """A call's parameters as a TA sees them (META parameters are not among them)."""
+
+    __slots__ = ()
+
+    def expect(self, count: int) -> None:
+        """There are ``count`` parameters, not counting empty ones at the end (C clients always send four)."""
+        if len(self) < count or any(type(p) is not Nothing for p in self[count:]):
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TRUSTED_APP, f"{count} parameters were expected")
+
+    def value(self, index: int, direction: Direction) -> Value:
+        """The value at ``index``; BAD_PARAMETERS where it is none, or of another direction."""
+        param = self[index] if index < len(self) else None
+        if type(param) is not Value or param.direction != direction:
+            raise TeeError(
+                Result.BAD_PARAMETERS, Origin.TRUSTED_APP, f"parameter {index} must be a value {direction.name}"
+            )
+        return param
+
+    def memory(self, index: int, direction: Direction) -> MemoryReference:
+        """The memory reference at ``index``; BAD_PARAMETERS where it is none, or of another direction."""
+        param = self[index] if index < len(self) else None
+        if type(param) is not MemoryReference or param.direction != direction:
+            raise TeeError(
+                Result.BAD_PARAMETERS,
+                Origin.TRUSTED_APP,
+                f"parameter {index} must be a memory reference {direction.name}",
+            )
+        return param
+
+
+class Environment:
+    """What the TEE offers to one instance of a TA. Everything that waits is a coroutine and belongs to the current
+    call.
+    """
+
+    __slots__ = ("_clock", "_log", "_random", "_task", "uuid", "version")
+
+    def __init__(
+        self,
+        uuid: UUID,
+        version: int,
+        *,
+        clock: Callable[[], float],
+        random: Callable[[int], bytes],
+        log: Callable[[str], None],
+    ) -> None:
+        self.uuid = uuid
+        self.version = version
+        self._clock = clock
+        self._random = random
+        self._log = log
+        self._task: Task | None = None
+
+    async def checkpoint(self) -> None:
+        """Let others run. Raises CANCEL where the call was cancelled and cancellation is not masked."""
+        await suspend(Yield())
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for ``seconds``. Raises CANCEL as :meth:`checkpoint` does, at once when the cancel comes."""
+        await suspend(Sleep(seconds))
+
+    async def rpc(self, command: int, params: list[Param], *, timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
+        """Ask the normal world for ``command`` and wait for its answer, of which nothing can be trusted.
+
+        :param timeout: seconds after which the RPC is withdrawn and COMMUNICATION raised
+        :raises TeeError: CANCEL as :meth:`checkpoint` does; the RPC is then withdrawn
+        """
+        task = self._current()
+        return await suspend(CallOut(Rpc(command, params, task.call), timeout=timeout))  # type: ignore[no-any-return]
+
+    @property
+    def cancelled(self) -> bool:
+        """The client asked the current call to end (False while cancellation is masked)."""
+        return self._current().interrupted
+
+    def mask_cancellation(self) -> bool:
+        """Let no cancel reach the current call; returns whether that was so. Each call starts masked."""
+        return self._mask(True)
+
+    def unmask_cancellation(self) -> bool:
+        """Let a cancel, also one that came before, reach the current call; returns whether it was masked."""
+        return self._mask(False)
+
+    def random(self, size: int) -> bytes:
+        """``size`` bytes of cryptographic quality."""
+        return self._random(size)
+
+    def now(self) -> float:
+        """Seconds of a clock that never goes back; its zero means nothing."""
+        return self._clock()
+
+    def log(self, text: str) -> None:
+        """A line for the log of the TEE."""
+        self._log(f"TA {self.uuid}: {text}")
+
+    def enter(self, task: Task | None) -> None:
+        """From here on ``task`` is the current call (for the TEE, not for TAs)."""
+        self._task = task
+
+    def _mask(self, masked: bool) -> bool:
+        task = self._current()
+        before, task.masked = task.masked, masked
+        return before
+
+    def _current(self) -> Task:
+        if self._task is None:
+            raise RuntimeError("a TA can wait or ask for cancellation only inside a call")
+        return self._task
+
+
+class TrustedApplication:
+    """The base of every TA. Subclasses set ``uuid``, and override what they need.
+
+    The flags are GlobalPlatform's: a TA that is not ``single_instance`` gets a new instance for each session; a single
+    instance takes a second session only with ``multi_session`` (else: BUSY); with ``keep_alive`` it outlives its last
+    session. Calls to one instance run one at a time.
+    """
+
+    uuid: ClassVar[UUID]
+    version: ClassVar[int] = 0  #: of a built-in TA; that of a loaded one stands in its package
+    single_instance: ClassVar[bool] = False
+    multi_session: ClassVar[bool] = False
+    keep_alive: ClassVar[bool] = False
+
+    def __init__(self, env: Environment) -> None:
+        self.env = env
+
+    async def create(self) -> None:
+        """The instance begins."""
+
+    async def open_session(self, params: Parameters, client: Client) -> object:
+        """A client opens a session; what is returned is given to the session's later calls."""
+        return None
+
+    async def invoke(self, session: Any, command: int, params: Parameters) -> None:
+        """A client asks for ``command`` (32 bits)."""
+        raise bad_command(command)
+
+    async def close_session(self, session: Any) -> None:
+        """A session ends. Its client may be gone already: RPCs and long waits are then refused."""
+
+    async def destroy(self) -> None:
+        """The instance ends: its last session is gone."""
+
+
+def bad_command(command: int) -> TeeError:
+    """What a TA raises for a command that it does not have."""
+    return TeeError(Result.NOT_SUPPORTED, Origin.TRUSTED_APP, f"no command {command}")

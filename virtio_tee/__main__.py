@@ -1,0 +1,52 @@
+"""The ``virtio-tee`` command. Subcommands are imported only when they are used: each starts fast."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from virtio_tee import __version__
+
+COMMANDS = {
+    "serve": "virtio_tee.serve:serve",
+    "demo": "virtio_tee.demo:demo",
+    "guest": "virtio_tee.guest:guest",
+    "supplicant": "virtio_tee.supplicant:supplicant",
+    "ta": "virtio_tee.ta:ta",
+    "decode": "virtio_tee.cli_decode:decode",
+}
+"""Name → where the click command is."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        where = COMMANDS.get(cmd_name)
+        if where is None:
+            return None
+        module, _, name = where.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="virtio-tee")
+def main() -> None:
+    """Give a guest VM the host's TEE through a virtio device (ID 46), without touching the hypervisor.
+
+    On the host, `serve` is the backend that QEMU and other VMMs attach to. In the guest, `guest` drives the device
+    from user space. `demo` shows all of it on this machine in a few seconds.
+
+    Results go to stdout (JSON with --json), logs and progress to stderr. Exit status: 0 done, 1 a check failed,
+    2 wrong usage.
+    """
+
+
+if __name__ == "__main__":
+    main(prog_name="virtio-tee")

@@ -1,0 +1,163 @@
+"""``virtio-tee guest``: the guest's side, from user space."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import click
+
+from virtio_tee.attach import device_options, open_driver, ta_folder_option, ta_folders
+from virtio_tee.logs import verbose_option
+
+if TYPE_CHECKING:
+    from guest_driver.client import Parameter
+
+_KINDS = {1: "software TEE", 2: "Linux TEE device", 3: "OP-TEE over FF-A"}
+
+
+@click.group()
+def guest() -> None:
+    """Drive the TEE device from user space, inside a guest (or, with --socket, without any VM).
+
+    In a guest the device is bound to uio_pci_generic; that takes root and huge pages:
+
+    \b
+      modprobe uio_pci_generic
+      echo 24 > /proc/sys/vm/nr_hugepages
+      virtio-tee guest info
+    """
+
+
+@guest.command()
+@device_options
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+@verbose_option
+def info(socket: str | None, pci: str | None, as_json: bool) -> None:
+    """Show which TEE is behind the device, its epoch and its limits."""
+    driver = open_driver(socket, pci)
+    config = driver.config
+    driver.close()
+    facts = {
+        "tee": _KINDS.get(config.info.kind, f"kind {config.info.kind}"),
+        **asdict(config.info),
+        "epoch": f"{config.epoch:#x}",
+        "request_queues": config.num_request_queues,
+        **asdict(config.limits),
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            click.echo(f"{name:20} {value}")
+
+
+@guest.command()
+@device_options
+@ta_folder_option
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+@verbose_option
+def demo(socket: str | None, pci: str | None, folders: tuple[Path, ...], as_json: bool) -> None:
+    """Run the demo's guest side: load three TAs over RPC, call them with values and memory.
+
+    Exit status 1: a step failed.
+    """
+    from tee.io.runtime import TeeRuntime
+    from tee.io.supplicant import Supplicant
+    from virtio_tee import scenario
+
+    report = scenario.Report()
+    driver = open_driver(socket, pci)
+    supplicant = Supplicant(ta_folders(folders), log=lambda text: click.echo(text, err=True))
+    with TeeRuntime(driver, supplicant, report.observe) as runtime:
+        scenario.run(scenario.main_job, runtime, report)
+    driver.close()
+    if as_json:
+        click.echo(json.dumps(report.as_json()))
+    else:
+        for step in report.steps:
+            click.echo(f"{'ok' if step.ok else 'FAILED':7} {step.took_s * 1000:8.2f} ms  {step.name}  {step.detail}")
+        if report.why:
+            click.echo(report.why, err=True)
+    sys.exit(0 if report.ok else 1)
+
+
+@guest.command()
+@click.argument("uuid", type=click.UUID)
+@click.argument("command", type=click.IntRange(0, 2**32 - 1))
+@click.argument("params", nargs=-1)
+@device_options
+@ta_folder_option
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+@verbose_option
+def invoke(
+    uuid: UUID,
+    command: int,
+    params: tuple[str, ...],
+    socket: str | None,
+    pci: str | None,
+    folders: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Open a session with the TA UUID, invoke COMMAND, print what comes back.
+
+    \b
+    Each of PARAMS is one parameter:
+      none  in:A[,B[,C]]  out  inout:A[,B[,C]]   values (decimal or 0x…)
+      mem-in:TEXT  mem-out:SIZE  mem-inout:TEXT  temporary memory
+    For example: virtio-tee guest invoke 8aaaf200-2450-11e4-abe2-0002a5d5c51b 0 inout:41
+    """
+    from guest_driver.client import Context
+    from tee.io.runtime import TeeRuntime
+    from tee.io.supplicant import Supplicant
+    from tee.results import TeeError
+
+    parameters = [_parameter(text) for text in params]
+    driver = open_driver(socket, pci)
+    try:
+        with (
+            TeeRuntime(driver, Supplicant(ta_folders(folders))) as runtime,
+            Context(runtime) as context,
+            context.open_session(uuid) as session,
+        ):
+            answers = session.invoke(command, *parameters)
+    except TeeError as e:
+        click.echo(f"virtio-tee guest invoke: {e}", err=True)
+        sys.exit(1)
+    finally:
+        driver.close()
+    shown = [a.hex() if isinstance(a, bytes) else a for a in answers]
+    click.echo(json.dumps(shown) if as_json else "\n".join(str(a) for a in shown))
+
+
+def _parameter(text: str) -> Parameter:
+    from guest_driver import client
+
+    kind, _, rest = text.partition(":")
+    try:
+        match kind:
+            case "none":
+                return client.Empty()
+            case "in":
+                return client.ValueIn(*_words(rest))
+            case "inout":
+                return client.ValueInOut(*_words(rest))
+            case "out":
+                return client.ValueOut()
+            case "mem-in":
+                return client.TempIn(rest.encode())
+            case "mem-inout":
+                return client.TempInOut(rest.encode())
+            case "mem-out":
+                return client.TempOut(int(rest, 0))
+    except (ValueError, TypeError) as e:
+        raise click.UsageError(f"parameter {text!r}: {e}") from None
+    raise click.UsageError(f"parameter {text!r}: see --help for the kinds there are")
+
+
+def _words(text: str) -> list[int]:
+    return [int(word, 0) for word in text.split(",")]

@@ -1,0 +1,159 @@
+"""``virtio-tee serve``: the backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from device.config import Limits
+from virtio_tee.logs import verbose_option
+
+if TYPE_CHECKING:
+    from tee.driver import TeeDriver
+
+CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft"]}
+"""What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
+
+_LIMIT_HELP = {
+    "num_event_buffers": "event buffers that the driver keeps posted",
+    "event_buffer_size": "bytes of an event buffer",
+    "max_params": "parameters of one request",
+    "max_contexts": "contexts open at a time",
+    "max_sessions": "sessions open at a time",
+    "max_regions": "memory regions registered at a time",
+    "max_region_ranges": "address ranges of one region",
+    "max_region_bytes": "bytes in all regions together",
+    "max_calls": "requests in progress at a time",
+    "max_rpcs": "RPCs outstanding at a time",
+    "max_inline_bytes": "bytes of memory inside one request",
+    "max_request_bytes": "bytes of one request without that",
+    "rpc_deadline_ms": "milliseconds that the guest has to answer an RPC",
+}
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each limit of a guest."""
+    for field in reversed(dataclasses.fields(Limits)):
+        command = click.option(
+            "--" + field.name.replace("_", "-"),
+            type=click.IntRange(1, 2**63 - 1 if field.name == "max_region_bytes" else 2**31 - 1),
+            default=field.default,
+            show_default=True,
+            metavar="N",
+            help=f"For each guest: {_LIMIT_HELP[field.name]}.",
+        )(command)
+    return command
+
+
+def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(json.dumps(CAPABILITIES))
+        ctx.exit()
+
+
+@click.command()
+@click.option(
+    "--socket-path", "-s", "paths", multiple=True, metavar="PATH", help="Listen here; give it again for more guests."
+)
+@click.option("--fd", "fds", multiple=True, type=click.IntRange(0), metavar="N", help="An inherited socket instead.")
+@click.option("--vm", "vms", multiple=True, metavar="NAME", help="Name of each socket's guest, in order.")
+@click.option("--tee", "kind", type=click.Choice(["soft"]), default="soft", show_default=True, help="Which TEE.")
+@click.option(
+    "--ta-key",
+    "keys",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Public key (PEM) of a TA signer. Who holds its private key runs code in this process.",
+)
+@click.option("--threads", type=click.IntRange(1, 256), default=4, show_default=True, help="Threads of the soft TEE.")
+@click.option("--request-queues", type=click.IntRange(1, 64), default=1, show_default=True, help="Request queues.")
+@click.option("--require-sealed", is_flag=True, help="Refuse guest memory that could shrink (and so kill the process).")
+@click.option(
+    "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Record requests and RPCs here."
+)
+@click.option(
+    "--print-capabilities",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_capabilities,
+    help="Print what this backend can do, as JSON, and exit.",
+)
+@limit_options
+@verbose_option
+def serve(
+    paths: tuple[str, ...],
+    fds: tuple[int, ...],
+    vms: tuple[str, ...],
+    kind: str,
+    keys: tuple[Path, ...],
+    threads: int,
+    request_queues: int,
+    require_sealed: bool,
+    trace: Path | None,
+    **limits: int,
+) -> None:
+    """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
+
+    After its frontend has left, a socket is served again. All guests of one process share one TEE.
+
+    \b
+    One guest:   virtio-tee serve --socket-path /run/tee.sock --ta-key vendor.pem
+    Then, QEMU:  -chardev socket,id=tee,path=/run/tee.sock -device vhost-user-tee-pci,chardev=tee
+                 (guest memory must be shared: -object memory-backend-memfd,…,share=on)
+    Two guests:  virtio-tee serve -s /run/a.sock --vm a -s /run/b.sock --vm b --ta-key vendor.pem
+    """
+    import trio
+
+    from host_backend.serve import Endpoint, ServeConfig
+    from host_backend.serve import serve as run
+    from host_backend.trace import Trace
+
+    count = len(paths) + len(fds)
+    if vms and len(vms) != count:
+        raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
+    names = vms or tuple(f"vm{i}" for i in range(count))
+    places = [{"path": path} for path in paths] + [{"fd": fd} for fd in fds]
+    try:
+        config = ServeConfig(
+            [Endpoint(name, **place) for name, place in zip(names, places, strict=True)],
+            Limits(**limits),
+            request_queues,
+            require_sealed,
+        )
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    try:
+        recorder = Trace(trace.open("w")) if trace is not None else None
+        trio.run(lambda: run(_soft(keys, threads), config, trace=recorder, ready=_ready))
+    except* OSError as group:
+        for error in group.exceptions:
+            click.echo(f"virtio-tee serve: {error}", err=True)
+        sys.exit(1)
+
+
+def _ready() -> None:
+    click.echo("virtio-tee: ready", err=True)
+
+
+def _soft(keys: tuple[Path, ...], threads: int) -> TeeDriver:
+    import logging
+    import secrets
+    import time
+
+    from tee.soft.driver import SoftTee
+
+    return SoftTee(
+        clock=time.monotonic,
+        random=secrets.token_bytes,
+        keys=[key.read_bytes() for key in keys],
+        threads=threads,
+        log=logging.getLogger("tee.soft").warning,
+    )
