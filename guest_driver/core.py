@@ -221,6 +221,10 @@ class VirtioTeeDriver:
             sink(self._ready.popleft())
         return None
 
+    def usage(self) -> dict[str, int]:
+        """See :class:`~tee.driver.TeeDriver`."""
+        return {"calls": len(self._in_flight), "registrations": len(self._regions), "rpcs": len(self._rpcs)}
+
     def close(self) -> None:
         """End the device's use: all calls end, the device is reset."""
         self._die("the driver was closed")

@@ -106,6 +106,8 @@ class TeeDevice(Device):
     def _on_drained(self, epoch: Epoch) -> None:
         self._draining.discard(epoch)
         if not self._draining:
+            if self._trace is not None:
+                self._trace.mark(self.vm, "drained", **self.router.tee.usage())
             self._live(LifeEvent.DRAINED)
 
     def connected(self, link: Link) -> None:

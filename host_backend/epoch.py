@@ -241,7 +241,7 @@ class Epoch:
     def register_memory(self, slot: Slot, request: ParsedRequest) -> None:
         context = self._context(request)
         body = request.body
-        if body.flags & ~RegionFlag.READ_ONLY:
+        if body.flags & ~int(RegionFlag.READ_ONLY):
             raise RequestError(Status.MALFORMED, "unknown flags")
         ranges = _merge(request.ranges)
         if sum(length for _, length in ranges) != body.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,3 +69,14 @@ def logged(
                 process.wait()
     if process.returncode:
         raise LabError(f"{argv[0]} ended with {process.returncode}; the end of what it said:\n{tail(log.read_text())}")
+
+
+def connect(path: Path) -> socket.socket:
+    """Connect to a unix socket. OSError where nobody listens; nothing stays open then."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.connect(str(path))
+    except OSError:
+        made.close()
+        raise
+    return made

@@ -373,6 +373,7 @@ class Backend:
             raise MessageError(f"a ring of {size} entries")
         if size != ring.size:
             yield from self._reconfigure(index)
+            ring.answered = None  # another ring than the one that was paused
         ring.size = size
         yield from self._start_if_ready(index)
         return None

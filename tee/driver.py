@@ -110,3 +110,6 @@ class TeeDriver(Protocol):
 
     def release(self, memory: Memory) -> None:
         """Give back what :meth:`allocate` gave. It is not registered any more."""
+
+    def usage(self) -> dict[str, int]:
+        """How many there are now of what this driver keeps, by name: for metrics, and to see that nothing is left."""

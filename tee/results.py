@@ -46,8 +46,7 @@ class Origin(IntEnum):
 
 
 class TeeError(Exception):
-    """A call that did not succeed: ``code`` is a :class:`Result` (or a TA's own 32-bit code), ``origin`` who says so.
-    """
+    """A call that did not succeed: ``code`` is a :class:`Result` (or a TA's own code), ``origin`` who says so."""
 
     def __init__(self, code: int, origin: int = Origin.TEE, why: str = "") -> None:
         self.code = code

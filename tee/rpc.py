@@ -57,8 +57,7 @@ class Rpc:
 
     ``call`` is the call that caused it, or None where the TEE does not say. ``params`` are as OP-TEE defines them for
     the command, with one difference: where OP-TEE passes memory by a cookie (SHM_ALLOC's answer, SHM_FREE's
-    argument), a
-    :class:`~tee.params.MemRef` stands.
+    argument), a :class:`~tee.params.MemRef` stands.
 
     ====================  ============================================================  ================================
     command               params of the request                                         params of the reply

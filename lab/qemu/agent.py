@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from lab.run import connect
+
 
 class AgentError(Exception):
     """The agent said no, or did not answer."""
@@ -20,8 +22,7 @@ class AgentClient:
     """Requests from any thread; one thread of its own reads the answers."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(str(path))
+        self._socket = connect(path)
         self._ids = itertools.count(1)
         self._writing = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[dict[str, object] | None]] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
+
+from lab.run import connect
 
 
 class QmpError(Exception):
@@ -13,9 +14,8 @@ class QmpError(Exception):
 
 class Qmp:
     def __init__(self, path: Path, timeout: float = 30) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = connect(path)
         self._socket.settimeout(timeout)
-        self._socket.connect(str(path))
         self._file = self._socket.makefile("rw", encoding="utf-8")
         self.events: list[dict[str, object]] = []
         self._read()  # the greeting

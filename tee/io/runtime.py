@@ -111,11 +111,12 @@ class TeeRuntime:
         self._pending: dict[Call, Pending] = {}
         self._contexts: set[object] = set()
         self._outstanding: set[Rpc] = set()
+        self._given: dict[Rpc, RpcReply] = {}  # answered SHM_ALLOCs whose memory the TEE has
         self._closed = False  # nothing can be submitted any more
         self._finished = False  # close() has begun
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._work: queue.SimpleQueue[Rpc | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Rpc | RpcReply | None] = queue.SimpleQueue()
         self._memory = _SupplicantMemory(self)
         self._names = next(_numbers)
         driver.attach(self._sink)
@@ -321,7 +322,10 @@ class TeeRuntime:
         elif isinstance(event, RpcWithdrawn):
             with self._lock:
                 self._outstanding.discard(event.rpc)
+                given = self._given.pop(event.rpc, None)
             self._tell("withdrawn", event.rpc)
+            if given is not None:  # it was answered, but the TEE could not take the memory
+                self._work.put(given)
         else:
             self._asked(event)
 
@@ -353,6 +357,8 @@ class TeeRuntime:
             if rpc not in self._outstanding:
                 return False
             self._outstanding.discard(rpc)
+            if rpc.command == RpcCommand.SHM_ALLOC and reply.code == Result.SUCCESS:
+                self._given[rpc] = reply
         self._tell("answer", rpc, reply)
         self._post(lambda: self._driver.answer(rpc, reply))
         return True
@@ -363,6 +369,9 @@ class TeeRuntime:
         supplicant = self._supplicant
         while (rpc := self._work.get()) is not None:
             if supplicant is None:
+                continue
+            if isinstance(rpc, RpcReply):
+                self._forget(supplicant, rpc)
                 continue
             with self._lock:
                 wanted = rpc in self._outstanding
@@ -376,6 +385,16 @@ class TeeRuntime:
                 reply = RpcReply(Result.GENERIC)
             if not self._answer(rpc, reply) and rpc.command == RpcCommand.SHM_ALLOC:
                 self._forget(supplicant, reply)
+            elif rpc.command == RpcCommand.SHM_FREE:
+                self._taken_back(rpc)
+
+    def _taken_back(self, free: Rpc) -> None:
+        """The memory of ``free`` is no longer the TEE's."""
+        memory = {id(param.memory) for param in free.params if isinstance(param, MemRef)}
+        with self._lock:
+            for rpc, reply in tuple(self._given.items()):
+                if any(isinstance(param, MemRef) and id(param.memory) in memory for param in reply.params):
+                    del self._given[rpc]
 
     def _forget(self, supplicant: RpcServer, reply: RpcReply) -> None:
         """Free memory that the TEE asked for, but whose answer came too late."""

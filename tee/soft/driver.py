@@ -476,7 +476,11 @@ class SoftTee:
         if task.call is not None:
             self._calls[task.call] = task
         session.context.tasks.add(task)
-        self._acquire(task, session.instance)
+        instance = session.instance
+        for other in (instance.owner, *instance.queue):
+            if other is not None and other.session is session:
+                self._scheduler.cancel(other)
+        self._acquire(task, instance)
 
     def _close_dead(self, session: Session, task: Task) -> None:
         self._forget_session(session)

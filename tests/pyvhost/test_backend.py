@@ -630,6 +630,19 @@ def test_a_ring_that_was_not_there_before_is_no_pause() -> None:
     assert ("reset",) in device.hooks
 
 
+def test_another_size_is_no_pause() -> None:
+    device, vmm = late()
+    vmm.start(0)
+    vmm.add(0)
+    vmm.stop(0)
+    device.hooks.clear()
+    vmm.tell(F.SET_VRING_NUM, VRING_STATE.pack(0, 16))
+    vmm.ring(0, base=1, fresh=False)
+    vmm.enable(0)
+    assert device.hooks == [("reset",), ("started", 0, False)]
+    vmm.leave()
+
+
 def test_stop_of_a_ring_that_never_ran(vmm: Vmm) -> None:
     assert vmm.base(1) == 0
     vmm.set_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import construct
@@ -24,6 +25,7 @@ from construct import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvhost import codec as codec_module
 from pyvhost.codec import Codec, Ignored, Reserved
 from pyvhost.errors import FormatError, ProtocolError
 
@@ -149,6 +151,10 @@ def test_reserved_and_constants_are_checked_and_ignored_is_not() -> None:
     bad[31] ^= 1
     with pytest.raises(ProtocolError, match=r"rich.pairs\[0\].mark is not b'ok'"):
         RICH.unpack(bad)
+
+
+def test_the_documentation_is_true() -> None:
+    assert doctest.testmod(codec_module).failed == 0
 
 
 def test_other_byte_order() -> None:

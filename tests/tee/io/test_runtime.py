@@ -20,7 +20,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, Sink, TeeInfo
+from tee.driver import Done, Event, RpcWithdrawn, Sink, TeeInfo
 from tee.io.runtime import Observation, TeeRuntime
 from tee.io.supplicant import Allocator, Supplicant
 from tee.io.supplicant_process import SupplicantProcess
@@ -283,6 +283,55 @@ class TestClose:
         assert runtime.call(CloseContext(context=context)).code == Result.SUCCESS
 
 
+class Refusing:
+    """A driver that asks for memory and then cannot take it."""
+
+    info = TeeInfo(0, 0, 0, 0)
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.rpc = Rpc(RpcCommand.SHM_ALLOC, [Value(Direction.IN, 0, 8, 8)])
+
+    def attach(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def start(self, call: Call) -> None:
+        self.events.append(Done(call, value=object()))
+        if isinstance(call, OpenSession):
+            self.events.append(self.rpc)
+
+    def cancel(self, call: Call) -> None: ...
+
+    def answer(self, rpc: Rpc, reply: RpcReply) -> None:
+        self.events.append(RpcWithdrawn(rpc))
+
+    def run(self) -> float | None:
+        while self.events:
+            self.sink(self.events.pop(0))
+        return None
+
+    def fileno(self) -> int | None:
+        return None
+
+    def allocate(self, size: int) -> Memory:
+        return Memory.of(bytearray(size))
+
+    def release(self, memory: Memory) -> None:
+        memory.forget()
+
+    def usage(self) -> dict[str, int]:
+        return {}
+
+
+def test_memory_that_the_tee_could_not_take_is_freed() -> None:
+    supplicant = Supplicant()
+    seen: list[str] = []
+    with TeeRuntime(Refusing(), supplicant, lambda one: seen.append(one.kind)) as runtime:
+        runtime.call(OpenSession(context=None, uuid=HELLO))
+        until(lambda: "withdrawn" in seen and supplicant.shared_memory == (0, 0))
+    assert "answer" in seen
+
+
 class Broken:
     """A driver that fails, or never ends a call."""
 
@@ -315,6 +364,9 @@ class Broken:
         raise MemoryError
 
     def release(self, memory: Memory) -> None: ...
+
+    def usage(self) -> dict[str, int]:
+        return {}
 
 
 class TestBrokenDriver:

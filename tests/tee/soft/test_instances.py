@@ -360,7 +360,7 @@ class TestCancel:
         session = diary.session(diary.context(), Diary.uuid)
         call = diary.start(Invoke(session=session, func=2))
         rpc = diary.rpc()
-        assert rpc.call is call
+        assert [rpc.call] == [call]
         diary.tee.cancel(call)
         assert diary.finish(call).code == Result.CANCEL
         assert diary.withdrawn() == [rpc]
@@ -457,16 +457,38 @@ class TestThreads:
     def test_one_at_a_time_in_order(self, diary: Bench) -> None:
         session = diary.session(diary.context(), Diary.uuid)
         calls = [diary.start(Invoke(session=session, func=0, params=[Value(IN, 1)])) for _ in range(3)]
+        for call in calls:
+            diary.run()
+            assert diary.ended(call) is None
+            diary.now += 1
+        diary.run()
+        assert [event.call for event in diary.events if isinstance(event, Done)][-3:] == calls
+
+    def test_closing_a_session_cancels_its_calls(self, diary: Bench) -> None:
+        """What is masked goes on, and closing waits for it; other sessions of the instance are not touched."""
+        context = diary.context()
+        session, other = diary.session(context, Shared.uuid), diary.session(context, Shared.uuid)
+        masked = diary.start(Invoke(session=session, func=0, params=[Value(IN, 1)]))
+        queued = diary.start(Invoke(session=session, func=0, params=[Value(IN, 1)]))
+        theirs = diary.start(Invoke(session=other, func=0, params=[Value(IN)]))
         close = diary.start(CloseSession(session=session))
         late = diary.start(Invoke(session=session, func=0, params=[Value(IN, 1)]))
-        for _ in range(3):
-            diary.run()
-            assert diary.ended(close) is None
-            diary.now += 1
-        assert diary.finish(close).code == Result.SUCCESS
+        again = diary.start(CloseSession(session=session))
+        assert diary.finish(queued).code == Result.CANCEL
+        assert [diary.finish(call).code for call in (late, again)] == [Result.BAD_PARAMETERS] * 2
+        assert [diary.ended(call) for call in (masked, theirs, close)] == [None] * 3
+        diary.now += 1
+        assert [diary.finish(call).code for call in (masked, theirs, close)] == [Result.SUCCESS] * 3
         done = [event.call for event in diary.events if isinstance(event, Done)]
-        assert done[-4:] == [*calls, close]
-        assert diary.finish(late).code == Result.BAD_PARAMETERS
+        assert done.index(close) > done.index(masked)
+
+    def test_closing_a_session_ends_what_waits(self, diary: Bench) -> None:
+        session = diary.session(diary.context(), Diary.uuid)
+        call = diary.start(Invoke(session=session, func=2))
+        rpc = diary.rpc()
+        assert diary.done(CloseSession(session=session)).code == Result.SUCCESS
+        assert diary.finish(call).code == Result.CANCEL
+        assert diary.withdrawn() == [rpc]
 
     def test_many_waiting_calls(self, bench: Bench) -> None:
         """Neither stack nor time grow with the queue."""

@@ -1,0 +1,76 @@
+"""What the lab tests share: a backend process, and what a guest is furnished with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lab.qemu.guest import Guest
+from tee import package
+from tee.soft.examples import UUIDS, source
+
+SCRIPTS = Path(__file__).parent / "guest"
+TA_FOLDER = "/lib/optee_armtz"
+READY_S = 20
+
+
+class Backend:
+    """A `virtio-tee serve` process with a vendor's key of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "tee.sock"
+        self.trace_file = folder / "trace.json"
+        self.vendor = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+        (folder / "vendor.pem").write_bytes(self.vendor.public)
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "virtio_tee", "serve", "--vm", "lab"),
+                *("--socket-path", str(self.socket), "--trace", str(self.trace_file)),
+                *("--ta-key", str(self.folder / "vendor.pem")),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        assert "ready" in self.process.stderr.readline()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.communicate(timeout=READY_S)
+        return self.process.returncode
+
+    def trace(self) -> list[dict[str, Any]]:
+        lines = (line.strip().rstrip(",") for line in self.trace_file.read_text().splitlines())
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def wait_for(self, name: str, count: int, timeout: float = 30) -> list[dict[str, Any]]:
+        """Events of this name, once there are ``count``."""
+        end = time.monotonic() + timeout
+        while True:
+            found = [event for event in self.trace() if event["name"] == name]
+            if len(found) >= count:
+                return found
+            assert time.monotonic() < end, f"{len(found)} of {count} {name!r} in the trace"
+            time.sleep(0.05)
+
+    def package(self, name: str) -> bytes:
+        """A signed example TA."""
+        return package.sign(source(name), UUIDS[name], 1, self.vendor.private)
+
+
+def furnish(guest: Guest, backend: Backend) -> None:
+    """Put the TAs into the guest's folder, and our scripts beside; a reset takes all of it away."""
+    for name, uuid in UUIDS.items():
+        guest.put(f"{TA_FOLDER}/{uuid}.ta", backend.package(name))
+    for script in SCRIPTS.glob("*.py"):
+        guest.put(f"/root/{script.name}", script.read_bytes())

@@ -1,0 +1,134 @@
+"""A real Debian guest under the lab's QEMU: its user-space driver on the PCI device, the backend outside."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lab.qemu.guest import Guest, GuestConfig
+from tee import package
+from tee.soft.examples import UUIDS, source
+from tests.lab.kit import TA_FOLDER, Backend, furnish
+
+pytestmark = pytest.mark.lab
+
+HELLO = str(UUIDS["hello_world"])
+INVOKE = ["virtio-tee", "guest", "invoke", HELLO, "0", "inout:41", "--json"]
+
+
+def run_script(guest: Guest, name: str, timeout: float = 90) -> dict[str, object]:
+    """Run one of our scripts in the guest; what it prints is JSON."""
+    found = json.loads(guest.run(["python3", f"/root/{name}.py"], timeout=timeout).stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.feature("Guests: user-space driver (uio_pci_generic) in a Debian guest under QEMU")
+def test_the_device_is_found_and_tells_what_it_is(guest: Guest) -> None:
+    facts = json.loads(guest.run(["virtio-tee", "guest", "info", "--json"]).stdout)
+    assert facts["kind"] == 1
+    assert facts["impl_id"] == 1
+
+
+@pytest.mark.feature("TEE calls: TAs are loaded from the guest's supplicant over RPC")
+def test_the_main_job(guest: Guest, backend: Backend) -> None:
+    before = len([e for e in backend.trace() if e["name"] == "LOAD_TA"])
+    report = json.loads(guest.run(["virtio-tee", "guest", "demo", "--json"], timeout=120).stdout)
+    assert report["ok"], report["why"]
+    assert len(report["steps"]) >= 9
+    loads = [e for e in backend.trace() if e["name"] == "LOAD_TA"][before:]
+    assert len(loads) == 6  # twice for each of three TAs
+    assert {e["args"]["answered_by"] for e in loads} == {"guest"}
+
+
+@pytest.mark.feature("TEE calls: values, temporary and registered memory up to 16 MiB")
+def test_values_and_memory(guest: Guest) -> None:
+    seen = run_script(guest, "memory")
+    assert seen["add"] == [2**40 + 1, 2**50 + 2]
+    assert seen["xor"] == {"0": True, "1": True, "4096": True, "65528": True, "1048576": True}
+    assert seen["touched"] == [True, True]
+    assert seen["part"] == "0000" + "80" * 6 + "81" + "80" * 5 + "0000"
+    assert seen["short"] == ["SHORT_BUFFER", 11]
+    # kinds (value OUT first is not counted): 6, 5, 1, 6, 3 at places 1 to 5; sizes 0 + 3 + 5
+    assert seen["echo"] == [5, 6 * 1 + 5 * 2 + 1 * 3 + 6 * 4 + 3 * 5, 8]
+
+
+@pytest.mark.parametrize("how", ["unsigned", "truncated", "other uuid", "other key"])
+@pytest.mark.feature("TEE calls: a TA that is unsigned, cut short, of another UUID or key is refused")
+def test_a_wrong_ta(guest: Guest, backend: Backend, how: str) -> None:
+    good = backend.package("hello_world")
+    stranger = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+    wrong = {
+        "unsigned": source("hello_world"),
+        "truncated": good[:-1],
+        "other uuid": backend.package("random"),
+        "other key": package.sign(source("hello_world"), UUIDS["hello_world"], 1, stranger.private),
+    }[how]
+    guest.put(f"{TA_FOLDER}/{HELLO}.ta", wrong)
+    try:
+        refused = guest.run(INVOKE, check=False)
+        assert refused.returncode == 1
+        expected = "BAD_FORMAT" if how in ("unsigned", "truncated") else "SECURITY"
+        assert expected in refused.stderr
+    finally:
+        guest.put(f"{TA_FOLDER}/{HELLO}.ta", good)
+    assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+
+
+@pytest.mark.feature("Faults: a supplicant that is killed while the TEE waits for it")
+def test_a_killed_supplicant(guest: Guest) -> None:
+    answers = run_script(guest, "killed_supplicant")
+    assert answers["killed"] == "COMMUNICATION"
+    assert answers["absent"] == "COMMUNICATION"
+    assert answers["again"] == 2
+
+
+@pytest.mark.feature("Faults: a guest that reboots in the middle of calls leaves nothing behind")
+def test_a_reboot_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> None:
+    drained = len([e for e in backend.trace() if e["name"] == "drained"])
+    holding = guest.spawn(["python3", "/root/hold.py"])
+    holding.wait_for("holding", timeout=60)
+    guest.reset()
+    last = backend.wait_for("drained", drained + 1)[-1]
+    assert {name: last["args"][name] for name in ("contexts", "sessions", "registrations", "calls", "rpcs")} == {
+        "contexts": 0,
+        "sessions": 0,
+        "registrations": 0,
+        "calls": 0,
+        "rpcs": 0,
+    }
+    furnish(guest, backend)
+    assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+
+
+@pytest.mark.feature("Faults: a paused guest goes on where it was")
+def test_a_pause_in_the_middle_of_a_call(guest: Guest) -> None:
+    """The call ends while the guest is paused; its answer comes when it goes on."""
+    waiting = guest.spawn([*INVOKE[:3], str(UUIDS["probe"]), "4", "in:1500", "--json"])
+    before = len(backend.wait_for("rings run", 1))
+    end = time.monotonic() + 30
+    while not any(e["name"] == "waiting" for e in backend.trace()[-3:]) and time.monotonic() < end:
+        time.sleep(0.1)
+    guest.pause()
+    time.sleep(3)
+    guest.resume()
+    backend.wait_for("rings run", before + 1)
+    assert waiting.wait(60) == 0
+
+
+@pytest.mark.feature("Faults: a killed backend is started again under a running guest")
+def test_the_backend_is_killed_and_started_again() -> None:
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
+        backend = Backend(Path(folder))
+        backend.start()
+        with Guest(GuestConfig(sockets=[backend.socket])) as guest:
+            furnish(guest, backend)
+            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+            backend.stop(signal.SIGKILL)
+            backend.start()
+            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+        assert backend.stop() == 0
