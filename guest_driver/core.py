@@ -123,8 +123,10 @@ class VirtioTeeDriver:
         self._sink: Sink | None = None
         self._features = Feature(transport.features) & DRIVER_FEATURES
         self.config = Config.unpack(transport.read_config(CONFIG.size))
-        if len(transport.queues) < Queue.REQUEST + self.config.num_request_queues:
-            raise FormatError("the device has fewer queues than its config space says")
+        # a VMM may have been told to make fewer queues than the device could serve
+        self._request_queues = min(self.config.num_request_queues, len(transport.queues) - Queue.REQUEST)
+        if self._request_queues < 1:
+            raise FormatError(f"a device with {len(transport.queues)} queues is too small")
         self._ready: deque[Done | Rpc | RpcWithdrawn] = deque()
         self._waiting: deque[_Outgoing] = deque()
         self._in_flight: dict[int, _InFlight] = {}
@@ -277,7 +279,7 @@ class VirtioTeeDriver:
 
     def _request(self, request: Request, body: bytes, call: Call, context: GuestContext | None, **more: Any) -> None:
         queue = Queue.REQUEST + self._next_queue
-        self._next_queue = (self._next_queue + 1) % self.config.num_request_queues
+        self._next_queue = (self._next_queue + 1) % self._request_queues
         self._send(request, body, queue=queue, call=call, context=context, **more)
 
     def _submit(self, outgoing: _Outgoing) -> bool:

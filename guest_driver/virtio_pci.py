@@ -56,11 +56,16 @@ def _hex(path: Path) -> int:
 
 
 def bind(path: Path) -> Path:
-    """Give the device to uio_pci_generic if it has no driver; its node in /dev. Raises PciError."""
+    """Give the device to uio_pci_generic, unless a real driver has it; its node in /dev. Raises PciError."""
     driver = path / "driver"
-    if driver.exists() and driver.resolve().name != UIO_DRIVER.name:
-        raise PciError(f"{path.name} is driven by {driver.resolve().name}: unbind it first")
-    if not driver.exists():
+    holder = driver.resolve().name if driver.exists() else ""
+    if holder == "virtio-pci" and not any(path.glob("virtio*/driver")):
+        # the transport driver claims every virtio device; behind it nobody drives this one
+        (driver / "unbind").write_text(path.name)
+        holder = ""
+    if holder and holder != UIO_DRIVER.name:
+        raise PciError(f"{path.name} is driven by {holder}: unbind it first, or use that driver")
+    if not holder:
         if not UIO_DRIVER.exists():
             raise PciError("the kernel module uio_pci_generic is not loaded: modprobe uio_pci_generic")
         (path / "driver_override").write_text(UIO_DRIVER.name)
