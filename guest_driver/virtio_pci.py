@@ -261,8 +261,9 @@ class PciTransport:
 
     def acknowledge(self) -> bool:
         """See :class:`~guest_driver.transport.Transport`."""
-        if select.select([self._uio], [], [], 0)[0]:
-            os.read(self._uio, 4)
+        if not select.select([self._uio], [], [], 0)[0]:
+            return False
+        os.read(self._uio, 4)
         isr = self._isr.read(0, 1)  # reading lowers the line
         self._set_command()  # the kernel masked it
         return bool(isr & _ISR_CONFIG)

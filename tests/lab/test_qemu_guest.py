@@ -122,15 +122,21 @@ def test_a_pause_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> None
 _INVOKES = (("INVOKE", "b"), ("INVOKE", "e"), ("rings run", "i"))
 
 
-@pytest.mark.feature("Faults: a killed backend is started again under a running guest")
+@pytest.mark.feature("Faults: a killed backend is started again under a running guest driver")
 def test_the_backend_is_killed_and_started_again() -> None:
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
         backend = Backend(Path(folder))
         backend.start()
         with Guest(GuestConfig(sockets=[backend.socket])) as guest:
             furnish(guest, backend)
-            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+            running = guest.spawn(["python3", "/root/restarted_backend.py"])
+            running.wait_for("waiting")
             backend.stop(signal.SIGKILL)
             backend.start()
-            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+            assert running.wait(60) == 0, running.stderr
+            seen = json.loads(running.stdout.splitlines()[-1])
+            assert seen["in flight"] in ("COMMUNICATION", "TARGET_DEAD")
+            assert seen["old session"] in ("COMMUNICATION", "TARGET_DEAD")
+            assert seen["epochs differ"]
+            assert seen["fresh session"] == 2
         assert backend.stop() == 0
