@@ -15,7 +15,7 @@ help:
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (first time: about 10 minutes)'
-	@echo 'make docs      generate the tables of the documentation from the code'
+	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
 # Sets up a virtual environment in this folder; PYTHON may name another interpreter, of version 3.11 or newer.
@@ -38,6 +38,7 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) docs/generate.py --check
+	$(RUN) docs/manpage.py --check
 
 lab-test: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
@@ -45,10 +46,11 @@ lab-test: $(READY)
 	$(RUN) -m lab.qemu qtest
 	$(RUN) -m lab.qemu checkpatch
 	$(RUN) -m lab.qemu image
-	$(RUN) -m pytest -q -m lab tests/lab
+	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
 
 docs: $(READY)
 	$(RUN) docs/generate.py
+	$(RUN) docs/manpage.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -15,6 +15,7 @@ queues, feature-bits      the device's queues and feature bits
 requests, events          types, their layouts, and what they take
 statuses                  status codes, when they come and which result goes with each
 rpc-commands              RPC commands, who serves each, and the answer where nobody does
+metrics                   what ``serve --metrics`` tells
 machine NAME              the state diagram of ``device.machines.MACHINES[NAME]``
 features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
 requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
@@ -203,6 +204,15 @@ def rpc_commands() -> str:
     return table(["command", "name", "served by the guest's", "otherwise the TEE gets"], rows)
 
 
+def metrics() -> str:
+    """What ``serve --metrics`` tells."""
+    from host_backend.metrics import DEFINITIONS
+
+    suffix = {"counter": "_total"}
+    rows = [[f"`{d.name}{suffix.get(d.kind, '')}`", d.kind, ", ".join(d.labels), d.help] for d in DEFINITIONS]
+    return table(["metric", "kind", "labels", "what"], rows)
+
+
 # -- state machines
 
 
@@ -365,6 +375,7 @@ PLAIN: dict[str, Callable[[], str]] = {
     "events": events,
     "statuses": statuses,
     "rpc-commands": rpc_commands,
+    "metrics": metrics,
 }
 FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements}
 

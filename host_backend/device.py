@@ -13,7 +13,7 @@ from device.wire import Feature, Queue, Status
 from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
 from host_backend.router import Router
 from host_backend.slots import Leased
-from host_backend.trace import Trace
+from host_backend.trace import Recorder
 from pyvhost.device import Device, Link
 from pyvhost.vring.api import Chain, DeviceQueue
 
@@ -42,7 +42,7 @@ class TeeDevice(Device):
         request_queues: int,
         clock: Callable[[], float],
         new_epoch: Callable[[], int],
-        trace: Trace | None = None,
+        trace: Recorder | None = None,
     ) -> None:
         self.num_queues = Queue.REQUEST + request_queues
         self.router = router
@@ -92,6 +92,8 @@ class TeeDevice(Device):
                 self._trace.mark(self.vm, self.life.value, because=event.value)
             log.debug("vm %s: %s (%s)", self.vm, self.life.value, event.value)
         if action is LifeAction.END:
+            if self._trace is not None:
+                self._trace.mark(self.vm, "epoch ended", because=event.value)
             old, self.epoch = self.epoch, self._begin(self.epoch.number)
             self._draining.add(old)
             self.router.touched = True
@@ -113,6 +115,8 @@ class TeeDevice(Device):
     def connected(self, link: Link) -> None:
         self._connected = True
         log.info("vm %s: a frontend has connected", self.vm)
+        if self._trace is not None:
+            self._trace.mark(self.vm, "connected")
 
     def negotiated(self, features: int) -> None:
         self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
@@ -137,6 +141,8 @@ class TeeDevice(Device):
         self._connected = False
         self._running.clear()
         log.info("vm %s: the frontend has gone", self.vm)
+        if self._trace is not None:
+            self._trace.mark(self.vm, "disconnected")
         self._live(LifeEvent.RESET)
 
     # -- rings
@@ -150,6 +156,8 @@ class TeeDevice(Device):
             more = False
         else:
             more = self._drain(index, queue)
+        if queue.broken is not None and self._trace is not None:
+            self._trace.broken(self.vm, index, queue.broken)
         self.flush()
         self.router.touched = True
         return more
@@ -183,6 +191,8 @@ class TeeDevice(Device):
             slot.respond()
         elif chain.readable_bytes > self.limits.max_request_bytes + self.limits.max_inline_bytes:
             slot.respond(refusal(Status.LIMIT))
+            if self._trace is not None:
+                self._trace.answered(self.vm, 0, Status.LIMIT)  # not even looked at
         else:
             self.epoch.submit(slot, chain.read(), chain.writable_bytes, kind)
 
@@ -217,7 +227,11 @@ class TeeDevice(Device):
             self.completed(Queue.EVENT)
             if fits:
                 return True
-            log.warning("vm %s: an event buffer of %d bytes is too small", self.vm, chain.writable_bytes)
+            log.warning(
+                "vm %s: an event buffer of %d bytes is too small and given back unused; the guest's driver must post "
+                "event_buffer_size (%d) bytes: update it",
+                *(self.vm, chain.writable_bytes, self.limits.event_buffer_size),
+            )
         return False
 
     def views(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[memoryview], Leased]:

@@ -32,7 +32,7 @@ from device.wire import (
 from host_backend.rpcs import GuestRpcs
 from host_backend.slots import Port, Slot
 from host_backend.tables import ContextEntry, Pending, RegionEntry, SessionEntry
-from host_backend.trace import Trace
+from host_backend.trace import Recorder
 from pyvhost.errors import MemoryFault
 from tee.calls import (
     Call,
@@ -71,7 +71,7 @@ class Epoch:
         limits: Limits,
         clock: Callable[[], float],
         on_drained: Callable[[Epoch], None],
-        trace: Trace | None = None,
+        trace: Recorder | None = None,
     ) -> None:
         self.number = number
         self.tee = tee
@@ -104,7 +104,11 @@ class Epoch:
         try:
             request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
             HANDLERS[request.type](self, slot, request)
+            if self.trace is not None and request.type in ANSWERED_AT_ONCE:
+                self.trace.answered(self.vm, request.type, Status.OK)
         except RequestError as e:
+            if self.trace is not None:
+                self.trace.answered(self.vm, int.from_bytes(data[:4], "little"), e.status)
             log.debug("vm %s: request refused with %s: %s", self.vm, e.status.name, e.why)
             slot.respond(refusal(e.status))
 
@@ -499,6 +503,9 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
     Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
 }
 """Request type → what serves it. Types that are not here belong to features that this backend does not offer."""
+
+ANSWERED_AT_ONCE = frozenset({Request.CANCEL, Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
+"""Request types that never become a call of the TEE."""
 
 IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from host_backend.epoch import Epoch, deliver
 from host_backend.tables import Pending
+from host_backend.trace import Recorder
 from tee.driver import Done, Event, RpcWithdrawn, TeeDriver
 from tee.results import Result
 from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
@@ -58,6 +59,7 @@ class Router:
         self.tee = tee
         self.touched = False
         """Set by whoever starts something on the TEE outside of :meth:`run`, so that the loop calls it."""
+        self.trace: Recorder | None = None
         self._clock = clock
         self._dirty: dict[Flushed, None] = {}
         self._asking: dict[Epoch, None] = {}
@@ -97,13 +99,19 @@ class Router:
         owner = rpc.call.owner if rpc.call is not None else None
         if ROUTES.get(rpc.command, Route.REFUSED) is Route.REFUSED:
             log.info("%s is refused to guests", describe_command(rpc.command))
-            self.tee.answer(rpc, RpcReply(Result.NOT_SUPPORTED))
+            self._refuse(rpc, "refused to guests", Result.NOT_SUPPORTED)
         elif isinstance(owner, Pending) and not owner.epoch.ended:
             self._asking[owner.epoch] = None
             owner.epoch.rpcs.send(rpc, owner)
         else:
-            # nobody is left who could answer
-            self.tee.answer(rpc, RpcReply(Result.COMMUNICATION))
+            self._refuse(rpc, "nobody is left who could answer", Result.COMMUNICATION)
+
+    def _refuse(self, rpc: Rpc, why: str, code: int) -> None:
+        owner = rpc.call.owner if rpc.call is not None else None
+        if self.trace is not None:
+            vm = owner.epoch.vm if isinstance(owner, Pending) else ""
+            self.trace.rpc_refused(vm, rpc, rpc.command, why, code)
+        self.tee.answer(rpc, RpcReply(code))
 
     def _withdraw(self, event: RpcWithdrawn) -> None:
         owner = event.rpc.call.owner if event.rpc.call is not None else None

@@ -80,15 +80,18 @@ class GuestRpcs:
     def send(self, rpc: Rpc, pending: Pending) -> None:
         """The TEE asks something of this guest."""
         if not self._epoch.features & Feature.RPC:
-            code = RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[1]
-            self._epoch.tee.answer(rpc, RpcReply(code))
+            self._refuse(rpc, "the driver has not negotiated RPC", RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[1])
             return
         entry = RpcEntry(rpc, pending, self._clock() + self._epoch.limits.rpc_deadline_ms / 1000)
         try:
             entry.raw = [self._raw(param) for param in rpc.params]
         except LookupError:
-            log.warning("vm %s: %s refers to memory that is not the guest's", self._epoch.vm, _name(entry))
-            self._epoch.tee.answer(rpc, RpcReply(Result.NOT_SUPPORTED))
+            log.warning(
+                "vm %s: %s refers to memory that is not the guest's, and is refused; the TA should ask for the memory "
+                "of its RPCs (SHM_ALLOC): tell its author",
+                *(self._epoch.vm, _name(entry)),
+            )
+            self._refuse(rpc, "memory that is not the guest's", Result.NOT_SUPPORTED)
             return
         self._entries[rpc] = entry
         if self._epoch.trace is not None:
@@ -157,15 +160,16 @@ class GuestRpcs:
         state, action = RPC.step(entry.state, RpcEvent.REPLY)
         if action is RpcAction.REFUSE:
             raise RequestError(Status.NOT_FOUND, f"RPC {body.rpc} is {entry.state.value}")
+        answered_by = "guest"
         try:
             reply = RpcReply(body.ret, self._reply_params(entry, request.params, body.ret), body.origin)
-        except RequestError:
-            reply = RpcReply(Result.COMMUNICATION)
+        except RequestError as e:
+            reply, answered_by = RpcReply(Result.COMMUNICATION), f"nobody: the guest's answer is refused: {e.why}"
             raise
         finally:
             entry.state = state
             self._free(entry)
-            self._answer(entry, reply, "guest")
+            self._answer(entry, reply, answered_by)
             self.pump()
 
     def acknowledge(self, request: ParsedRequest) -> None:
@@ -239,7 +243,11 @@ class GuestRpcs:
         """Give up RPCs whose deadline has passed."""
         now = self._clock()
         for entry in [e for e in self._entries.values() if e.deadline <= now]:
-            log.warning("vm %s: %s was not answered in time", self._epoch.vm, _name(entry))
+            log.warning(
+                "vm %s: %s was not answered in time, and its call fails; look whether the guest's supplicant runs, or "
+                "raise --rpc-deadline-ms",
+                *(self._epoch.vm, _name(entry)),
+            )
             self._step(entry, RpcEvent.DEADLINE)
 
     def reset(self) -> None:
@@ -257,7 +265,7 @@ class GuestRpcs:
         if action in (RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
             self._outbox.append(entry)
         if action in (RpcAction.FAIL, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
-            self._answer(entry, RpcReply(Result.COMMUNICATION))
+            self._answer(entry, RpcReply(Result.COMMUNICATION), f"nobody: {event.value}")
         if action in (RpcAction.FREE, RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
             self.pump()
         return action
@@ -269,10 +277,15 @@ class GuestRpcs:
         elif entry in self._backlog:
             self._backlog.remove(entry)
 
-    def _answer(self, entry: RpcEntry, reply: RpcReply, answered_by: str = "nobody") -> None:
+    def _answer(self, entry: RpcEntry, reply: RpcReply, answered_by: str) -> None:
         if self._entries.pop(entry.rpc, None) is not None:
             self._record(entry.rpc, answered_by, reply.code)
             self._epoch.tee.answer(entry.rpc, reply)
+
+    def _refuse(self, rpc: Rpc, why: str, code: int) -> None:
+        if self._epoch.trace is not None:
+            self._epoch.trace.rpc_refused(self._epoch.vm, rpc, rpc.command, why, code)
+        self._epoch.tee.answer(rpc, RpcReply(code))
 
     def _record(self, rpc: Rpc, answered_by: str, code: int) -> None:
         if self._epoch.trace is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,8 +15,10 @@ import trio
 
 from device.config import Limits
 from host_backend.device import TeeDevice
+from host_backend.exporter import Place, export, listen
+from host_backend.metrics import Metrics
 from host_backend.router import Router
-from host_backend.trace import Trace
+from host_backend.trace import Recorder, Recorders
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.server import serve as serve_socket
 from pyvhost.io.sockets import Listener
@@ -24,6 +27,9 @@ from tee.driver import TeeDriver
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_QUEUES = 64
+
+SWITCH_INTERVAL = 0.0001
+"""Seconds after which the control plane lets the data plane run, where metrics are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     request_queues: int = 1
     require_sealed: bool = False
+    metrics: Place | None = None
+    """Where to tell metrics."""
 
     def __post_init__(self) -> None:
         if not self.endpoints:
@@ -55,12 +63,18 @@ class ServeConfig:
 
 
 async def serve(
-    tee: TeeDriver, config: ServeConfig, *, trace: Trace | None = None, ready: Callable[[], None] = lambda: None
+    tee: TeeDriver, config: ServeConfig, *, trace: Recorder | None = None, ready: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until SIGTERM or SIGINT; ``ready`` is called when all sockets can be connected to. Raises OSError."""
     router = Router(tee, time.monotonic)
+    metrics = Metrics() if config.metrics is not None else None
+    if metrics is not None:
+        trace = Recorders(trace, metrics) if trace is not None else metrics
+    router.trace = trace
+    devices: list[TeeDevice] = []
     with ExitStack() as stack:
         listeners = [stack.enter_context(_listen(endpoint)) for endpoint in config.endpoints]
+        exporter = stack.enter_context(listen(config.metrics)) if config.metrics is not None else None
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
         dataplane.post(lambda: _attach(dataplane, router))
         async with trio.open_nursery() as nursery:
@@ -74,8 +88,14 @@ async def serve(
                     new_epoch=lambda: secrets.randbits(64),
                     trace=trace,
                 )
+                devices.append(device)
                 nursery.start_soon(_serve_one, device, listener, dataplane, config.require_sealed, nursery.cancel_scope)
             nursery.start_soon(_until_signal, nursery.cancel_scope)
+            if metrics is not None and exporter is not None:
+                metrics.watch(tee, devices)
+                # while metrics are made into text the data plane shall not wait for its turn
+                sys.setswitchinterval(SWITCH_INTERVAL)
+                nursery.start_soon(export, exporter, metrics.render)
             ready()
 
 

@@ -1,7 +1,8 @@
 """A record of every request and RPC: who sent what to whom, and when.
 
-Written in the JSON array form of the Trace Event Format, one event a line, so that Perfetto and chrome://tracing show
-it as a timeline; the closing bracket may be missing. Times are microseconds of CLOCK_MONOTONIC.
+:class:`Recorder` is what the backend tells; :class:`Trace` writes it down, :class:`host_backend.metrics.Metrics` counts
+it. A trace is in the JSON array form of the Trace Event Format, one event a line, so that Perfetto and chrome://tracing
+show it as a timeline; the closing bracket may be missing. Times are microseconds of CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -15,59 +16,155 @@ from tee.results import describe
 from tee.rpc import describe_command
 
 
-class Trace:
+class Recorder:
+    """Is told what happens, on the data-plane thread: it must be quick. This one forgets."""
+
+    def request(self, vm: str, kind: int, tag: int) -> None:
+        """A request has gone from a guest to the TEE."""
+
+    def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
+        """The TEE has ended it, and it was answered."""
+
+    def answered(self, vm: str, kind: int, status: int) -> None:
+        """The device itself has answered a request at once. ``kind`` may be anything."""
+
+    def rpc(self, vm: str, rpc: object, command: int, route: str) -> None:
+        """The TEE has made an RPC, which goes to ``route``."""
+
+    def rpc_ended(self, vm: str, rpc: object, command: int, answered_by: str, code: int) -> None:
+        """An RPC was answered, by the guest or for it, or withdrawn. ``answered_by`` says who and, after a colon,
+        why."""
+
+    def rpc_refused(self, vm: str, rpc: object, command: int, why: str, code: int) -> None:
+        """The device itself has answered an RPC, which went to nobody. ``vm`` is "" where none is behind it."""
+        self.rpc(vm, rpc, command, "nobody")
+        self.rpc_ended(vm, rpc, command, f"device: {why}", code)
+
+    def mark(self, vm: str, what: str, **details: Any) -> None:
+        """Something happened that has no length: an epoch ended, a frontend came."""
+
+    def broken(self, vm: str, index: int, error: Exception) -> None:
+        """A driver has broken the rules of a queue, which is not served any more. May be told again."""
+
+
+class Recorders(Recorder):
+    """Tells several."""
+
+    def __init__(self, *recorders: Recorder) -> None:
+        self._all = recorders
+
+    def request(self, vm: str, kind: int, tag: int) -> None:
+        for one in self._all:
+            one.request(vm, kind, tag)
+
+    def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
+        for one in self._all:
+            one.response(vm, kind, tag, status, ret)
+
+    def answered(self, vm: str, kind: int, status: int) -> None:
+        for one in self._all:
+            one.answered(vm, kind, status)
+
+    def rpc(self, vm: str, rpc: object, command: int, route: str) -> None:
+        for one in self._all:
+            one.rpc(vm, rpc, command, route)
+
+    def rpc_ended(self, vm: str, rpc: object, command: int, answered_by: str, code: int) -> None:
+        for one in self._all:
+            one.rpc_ended(vm, rpc, command, answered_by, code)
+
+    def mark(self, vm: str, what: str, **details: Any) -> None:
+        for one in self._all:
+            one.mark(vm, what, **details)
+
+    def broken(self, vm: str, index: int, error: Exception) -> None:
+        for one in self._all:
+            one.broken(vm, index, error)
+
+
+class Trace(Recorder):
     """Writes events to ``out`` as they happen."""
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
         self._out.write("[\n")
         self._vms: dict[str, int] = {}
-        self._open: dict[tuple[str, str, int], float] = {}
+        self._open: dict[tuple[str, str, int], tuple[float, str, str]] = {}
+        """When each began that has not ended, its route and name."""
+        self._broken: dict[tuple[str, int], Exception] = {}
 
     def close(self) -> None:
         """End the file."""
         self._out.close()
 
     def request(self, vm: str, kind: int, tag: int) -> None:
-        """A request has come from a guest."""
         self._begin(vm, "requests", Request(kind).name, tag)
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
-        """A request was answered."""
         what = {"from": "guest", "to": "device", "status": Status(status).name, "ret": describe(ret)}
         self._end(vm, "requests", Request(kind).name, tag, what)
 
+    def answered(self, vm: str, kind: int, status: int) -> None:
+        what = {"from": "guest", "to": "device", "answered_by": "device", "status": Status(status).name}
+        self._instant(vm, "requests", request_name(kind), what)
+
     def rpc(self, vm: str, rpc: object, command: int, route: str) -> None:
-        """The TEE has made an RPC, which goes to ``route``."""
-        self._begin(vm, "RPCs", describe_command(command), id(rpc), {"route": route})
+        self._begin(vm, "RPCs", describe_command(command), id(rpc), {"route": route}, route)
 
     def rpc_ended(self, vm: str, rpc: object, command: int, answered_by: str, code: int) -> None:
-        """An RPC was answered, by the guest or for it, or withdrawn."""
+        who, _, why = answered_by.partition(": ")
         what = {"from": "tee", "to": "guest", "answered_by": answered_by, "ret": describe(code)}
+        if who != "guest":
+            what["reason"] = why
         self._end(vm, "RPCs", describe_command(command), id(rpc), what)
 
     def mark(self, vm: str, what: str, **details: Any) -> None:
-        """Something happened that has no length: an epoch ended, a frontend came."""
-        self._write(vm, {"name": what, "ph": "i", "s": "p", "ts": _now(), "cat": "life", "args": details})
+        self._instant(vm, "life", what, details)
+        if what == "epoch ended":
+            # nobody is told how these end
+            for key, (_, _, name) in [one for one in self._open.items() if one[0][:2] == (vm, "requests")]:
+                self._end(vm, "requests", name, key[2], {"from": "guest", "to": "device", "status": "ABANDONED"})
 
-    def _begin(self, vm: str, lane: str, name: str, key: int, args: dict[str, Any] | None = None) -> None:
-        now = self._open[vm, lane, key] = _now()
+    def broken(self, vm: str, index: int, error: Exception) -> None:
+        if self._broken.get((vm, index)) is not error:
+            self._broken[vm, index] = error
+            self._instant(vm, "life", "queue broken", {"queue": index, "because": str(error)})
+
+    def _instant(self, vm: str, lane: str, name: str, args: dict[str, Any]) -> None:
+        self._write(vm, {"name": name, "ph": "i", "s": "p", "ts": _now(), "cat": lane, "args": args})
+
+    def _begin(
+        self, vm: str, lane: str, name: str, key: int, args: dict[str, Any] | None = None, route: str = ""
+    ) -> None:
+        now = _now()
+        self._open[vm, lane, key] = (now, route, name)
         event = {"name": name, "ph": "b", "cat": lane, "id": key, "ts": now, "args": args or {}}
         self._write(vm, event)
 
     def _end(self, vm: str, lane: str, name: str, key: int, args: dict[str, Any]) -> None:
         now = _now()
-        args["took_us"] = round(now - self._open.pop((vm, lane, key), now), 3)
+        began, route, _ = self._open.pop((vm, lane, key), (now, "", ""))
+        if route:
+            args["route"] = route
+        args["took_us"] = round(now - began, 3)
         self._write(vm, {"name": name, "ph": "e", "cat": lane, "id": key, "ts": now, "args": args})
 
     def _write(self, vm: str, event: dict[str, Any]) -> None:
         pid = self._vms.get(vm)
         if pid is None:
             pid = self._vms[vm] = len(self._vms) + 1
-            name = {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"VM {vm}"}}
+            name = {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"VM {vm}" if vm else "no VM"}}
             self._out.write(json.dumps(name) + ",\n")
         self._out.write(json.dumps({"pid": pid, "tid": event.get("cat", ""), **event}) + ",\n")
         self._out.flush()
+
+
+def request_name(kind: int) -> str:
+    """The name of a request type, or UNKNOWN: a guest can send any number."""
+    try:
+        return Request(kind).name
+    except ValueError:
+        return "UNKNOWN"
 
 
 def _now() -> float:

@@ -30,6 +30,7 @@ LAB = (
     "patch",
     "perl",
     "pkg-config",
+    "systemd",
     "xz-utils",
     "zstd",
 )

@@ -17,7 +17,8 @@ from tee.params import Param
 
 class Login(IntEnum):
     """How a client identifies itself (GlobalPlatform TEE Client API, table 4-5; REE_KERNEL from Linux's
-    uapi/linux/tee.h).
+    uapi/linux/tee.h; TRUSTED_APP from the TEE Internal Core API: no client can have it, a TEE gives it to a TA that
+    calls another).
     """
 
     PUBLIC = 0
@@ -27,6 +28,7 @@ class Login(IntEnum):
     USER_APPLICATION = 5
     GROUP_APPLICATION = 6
     REE_KERNEL = 0x80000000
+    TRUSTED_APP = 0xF0000000
 
 
 NIL_UUID = uuid_module.UUID(int=0)

@@ -43,6 +43,41 @@ class ShmType(IntEnum):
     GLOBAL = 2
 
 
+class FsCommand(IntEnum):
+    """What FS asks for: ``a`` of its parameter 0, a value IN. File names are C strings, with their final zero.
+
+    =========  =====================================  ===================================  =============================
+    command    parameter 0                            parameter 1                          parameter 2
+    =========  =====================================  ===================================  =============================
+    OPEN       a                                      memory IN: name                      value OUT: a = file
+    CREATE     a (an existing file is emptied)        memory IN: name                      value OUT: a = file
+    CLOSE      a, b = file                            –                                    –
+    READ       a, b = file, c = offset                memory OUT: content, less at its end –
+    WRITE      a, b = file, c = offset                memory IN: content                   –
+    TRUNCATE   a, b = file, c = length                –                                    –
+    REMOVE     a                                      memory IN: name                      –
+    RENAME     a, b ≠ 0: an existing one is replaced  memory IN: old name                  memory IN: new name
+    OPENDIR    a                                      memory IN: name of a folder          value OUT: a = handle
+    CLOSEDIR   a, b = handle                          –                                    –
+    READDIR    a, b = handle                          memory OUT: a name                   –
+    =========  =====================================  ===================================  =============================
+
+    READDIR ends with ITEM_NOT_FOUND; so does OPENDIR of an empty folder.
+    """
+
+    OPEN = 0
+    CREATE = 1
+    CLOSE = 2
+    READ = 3
+    WRITE = 4
+    TRUNCATE = 5
+    REMOVE = 6
+    RENAME = 7
+    OPENDIR = 8
+    CLOSEDIR = 9
+    READDIR = 10
+
+
 def describe_command(command: int) -> str:
     """The name of an RPC command, or its number."""
     try:
@@ -66,6 +101,7 @@ class Rpc:
                           [MemRef OUT: memory, or NULL to ask for the size]              MemRef OUT: size of the TA]
     SHM_ALLOC             [Value IN: a = ShmType, b = bytes, c = alignment]             [MemRef INOUT: the memory]
     SHM_FREE              [Value IN: a = ShmType], [MemRef INOUT: the memory]           []
+    FS                    see :class:`FsCommand`                                        the same, OUT ones filled in
     ====================  ============================================================  ================================
     """
 

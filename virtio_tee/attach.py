@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from guest_driver.core import VirtioTeeDriver
+    from tee.io.supplicant import Services, Supplicant
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,16 +73,102 @@ def _pci(address: str | None, wanted: int) -> Any:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-def ta_folder_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --ta-folder."""
-    return click.option(
+def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of what the supplicant serves; the command gets ``services``."""
+
+    @functools.wraps(command)
+    def with_services(
+        *args: Any,
+        folders: tuple[Path, ...],
+        fs_folder: Path | None,
+        fs_max_bytes: int,
+        fs_max_files: int,
+        fs_no_sync: bool,
+        allow_socket: tuple[str, ...],
+        plugin: tuple[str, ...],
+        installed_plugins: bool,
+        **kwargs: Any,
+    ) -> Any:
+        from tee.io.supplicant import Services
+
+        services = Services(
+            ta_folders=tuple(str(folder) for folder in ta_folders(folders)),
+            fs_folder=str(fs_folder) if fs_folder is not None else "",
+            fs_max_bytes=fs_max_bytes,
+            fs_max_files=fs_max_files,
+            fs_sync=not fs_no_sync,
+            allow_sockets=allow_socket,
+            plugins=plugin,
+            installed_plugins=installed_plugins,
+        )
+        try:
+            services.check()
+        except ValueError as e:
+            raise click.UsageError(str(e)) from None
+        return command(*args, services=services, **kwargs)
+
+    for option in reversed(_SERVICE_OPTIONS):
+        option(with_services)
+    return with_services
+
+
+def supplicant_of(services: Services) -> Supplicant:
+    """Its supplicant, which logs to stderr. Raises click.ClickException."""
+    try:
+        return services.supplicant(log=lambda text: click.echo(f"supplicant: {text}", err=True))
+    except OSError as e:
+        raise click.ClickException(f"the supplicant cannot use its folder: {e}") from None
+
+
+_SERVICE_OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
+    click.option(
         "--ta-folder",
         "folders",
         multiple=True,
         type=FOLDER,
         metavar="DIR",
         help="Where <uuid>.ta files lie; may be given again. Default: /lib/optee_armtz if it is there.",
-    )(command)
+    ),
+    click.option(
+        "--fs-folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Keep the TEE's files (secure storage) here; made if it is not there. Default: no files.",
+    ),
+    click.option(
+        "--fs-max-bytes",
+        type=click.IntRange(0),
+        default=64 << 20,
+        show_default=True,
+        metavar="N",
+        help="Bytes in all of the TEE's files together.",
+    ),
+    click.option(
+        "--fs-max-files",
+        type=click.IntRange(0),
+        default=4096,
+        show_default=True,
+        metavar="N",
+        help="Files and folders that the TEE may have.",
+    ),
+    click.option("--fs-no-sync", is_flag=True, help="Answer before files are on the disk: faster, for tests."),
+    click.option(
+        "--allow-socket",
+        multiple=True,
+        metavar="HOST:PORT",
+        help="Let TAs connect there. HOST: name, address or network, IPv6 in brackets; PORT may be *; tcp:// or "
+        "udp:// in front for one of them. May be given again. Default: no sockets.",
+    ),
+    click.option(
+        "--plugin",
+        multiple=True,
+        metavar="UUID=MODULE:NAME",
+        help="Let TAs call this Python callable (command, sub-command, bytes) → bytes. May be given again.",
+    ),
+    click.option(
+        "--installed-plugins", is_flag=True, help="And the plug-ins of installed packages (virtio_tee.plugins)."
+    ),
+)
 
 
 def ta_folders(given: tuple[Path, ...]) -> list[Path]:

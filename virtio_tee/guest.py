@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
-from virtio_tee.attach import device_options, open_driver, ta_folder_option, ta_folders
+from virtio_tee.attach import device_options, open_driver, service_options, supplicant_of
 from virtio_tee.logs import verbose_option
 
 if TYPE_CHECKING:
     from guest_driver.client import Parameter
+    from tee.io.supplicant import Services
 
 _KINDS = {1: "software TEE", 2: "Linux TEE device", 3: "OP-TEE over FF-A"}
 
@@ -58,22 +59,21 @@ def info(socket: str | None, pci: str | None, as_json: bool) -> None:
 
 @guest.command()
 @device_options
-@ta_folder_option
+@service_options
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
-def demo(socket: str | None, pci: str | None, folders: tuple[Path, ...], as_json: bool) -> None:
+def demo(socket: str | None, pci: str | None, services: Services, as_json: bool) -> None:
     """Run the demo's guest side: load three TAs over RPC, call them with values and memory.
 
     Exit status 1: a step failed.
     """
     from tee.io.runtime import TeeRuntime
-    from tee.io.supplicant import Supplicant
     from virtio_tee import scenario
 
     report = scenario.Report()
+    supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
-    supplicant = Supplicant(ta_folders(folders), log=lambda text: click.echo(text, err=True))
-    with TeeRuntime(driver, supplicant, report.observe) as runtime:
+    with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
         scenario.run(scenario.main_job, runtime, report)
     driver.close()
     if as_json:
@@ -91,7 +91,7 @@ def demo(socket: str | None, pci: str | None, folders: tuple[Path, ...], as_json
 @click.argument("command", type=click.IntRange(0, 2**32 - 1))
 @click.argument("params", nargs=-1)
 @device_options
-@ta_folder_option
+@service_options
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
 def invoke(
@@ -100,7 +100,7 @@ def invoke(
     params: tuple[str, ...],
     socket: str | None,
     pci: str | None,
-    folders: tuple[Path, ...],
+    services: Services,
     as_json: bool,
 ) -> None:
     """Open a session with the TA UUID, invoke COMMAND, print what comes back.
@@ -113,14 +113,15 @@ def invoke(
     """
     from guest_driver.client import Context
     from tee.io.runtime import TeeRuntime
-    from tee.io.supplicant import Supplicant
     from tee.results import TeeError
 
     parameters = [_parameter(text) for text in params]
+    supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
     try:
         with (
-            TeeRuntime(driver, Supplicant(ta_folders(folders))) as runtime,
+            closing(supplicant),
+            TeeRuntime(driver, supplicant) as runtime,
             Context(runtime) as context,
             context.open_session(uuid) as session,
         ):

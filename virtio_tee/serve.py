@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from device.config import Limits
+from virtio_tee import systemd
 from virtio_tee.logs import verbose_option
+from virtio_tee.throttle import throttle_logs
 
 if TYPE_CHECKING:
     from tee.driver import TeeDriver
@@ -79,6 +81,14 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Record requests and RPCs here."
 )
 @click.option(
+    "--metrics",
+    is_flag=False,
+    flag_value="127.0.0.1:9846",
+    metavar="ADDRESS:PORT|unix:PATH",
+    help="Tell Prometheus metrics there, at /metrics. Without a value: 127.0.0.1:9846. Nobody is asked for a password: "
+    "choose an address that only those reach who may know.",
+)
+@click.option(
     "--print-capabilities",
     is_flag=True,
     is_eager=True,
@@ -98,6 +108,7 @@ def serve(
     request_queues: int,
     require_sealed: bool,
     trace: Path | None,
+    metrics: str | None,
     **limits: int,
 ) -> None:
     """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
@@ -109,13 +120,19 @@ def serve(
     Then, QEMU:  -chardev socket,id=tee,path=/run/tee.sock -device vhost-user-tee-pci,chardev=tee
                  (guest memory must be shared: -object memory-backend-memfd,…,share=on)
     Two guests:  virtio-tee serve -s /run/a.sock --vm a -s /run/b.sock --vm b --ta-key vendor.pem
+    systemd:     docs/systemd; sockets that systemd passes (LISTEN_FDS) are served if no other is named
     """
     import trio
 
+    from host_backend.exporter import Place
     from host_backend.serve import Endpoint, ServeConfig
     from host_backend.serve import serve as run
     from host_backend.trace import Trace
 
+    throttle_logs()
+    passed = systemd.listen_fds()
+    if not paths and not fds:
+        fds = passed
     count = len(paths) + len(fds)
     if vms and len(vms) != count:
         raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
@@ -127,6 +144,7 @@ def serve(
             Limits(**limits),
             request_queues,
             require_sealed,
+            Place.parse(metrics) if metrics is not None else None,
         )
     except ValueError as e:
         raise click.UsageError(str(e)) from None
@@ -137,10 +155,13 @@ def serve(
         for error in group.exceptions:
             click.echo(f"virtio-tee serve: {error}", err=True)
         sys.exit(1)
+    finally:
+        systemd.notify("STOPPING=1")
 
 
 def _ready() -> None:
     click.echo("virtio-tee: ready", err=True)
+    systemd.notify("READY=1")
 
 
 def _soft(keys: tuple[Path, ...], threads: int) -> TeeDriver:

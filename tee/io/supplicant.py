@@ -1,50 +1,43 @@
-"""The supplicant: what a TEE asks of the normal world (LOAD_TA, shared memory), over any driver.
+"""The supplicant: what a TEE asks of the normal world, over any driver.
 
 One :class:`Supplicant` serves one TEE; :meth:`Supplicant.serve` takes an RPC and gives its answer, blocking where it
 reads files. It is used by guests, by the host's broker and by tests.
 
-What it serves is the table :data:`SERVICES`; anything else is answered NOT_SUPPORTED. It never names a path to the
-TEE, never opens a file outside its folders (a file name is made from a UUID's 128 bits only; symbolic links are not
-followed), and bounds what it reads and what it allocates.
+What it serves is a table of services (:mod:`tee.io.services`), one for each command; anything else is answered
+NOT_SUPPORTED. It never names a path to the TEE, never opens a file outside its folders (symbolic links are not
+followed), connects only where the operator allows, and bounds what it reads and what it allocates. Files, sockets and
+plug-ins are there only if they are asked for: :class:`Services` says what there is.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import stat
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
+from tee.io.services import plugins as plugin_service
+from tee.io.services.base import Allocator as Allocator
+from tee.io.services.base import Log, ReplyError, Service
+from tee.io.services.destinations import AllowList
+from tee.io.services.file_store import FileLimits, FileStore
+from tee.io.services.files import Files
+from tee.io.services.plugins import Plugin, Plugins
+from tee.io.services.refused import I2C, NO_FILES, NO_PLUGINS, NO_SOCKETS, PROFILES, RPMB, refused
+from tee.io.services.shared_memory import MAX_ALLOCATIONS as MAX_ALLOCATIONS
+from tee.io.services.shared_memory import MAX_SHARED_MEMORY as MAX_SHARED_MEMORY
+from tee.io.services.shared_memory import SharedMemory
+from tee.io.services.sockets import Sockets
+from tee.io.services.ta_loader import MAX_TA_SIZE as MAX_TA_SIZE
+from tee.io.services.ta_loader import TaLoader
+from tee.io.throttle import Throttle
 from tee.memory import Memory
-from tee.params import Direction, MemRef, Nothing, Param, Value
-from tee.results import Origin, Result, TeeError
-from tee.rpc import Rpc, RpcCommand, RpcReply, ShmType
+from tee.results import Result, TeeError
+from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
 
-#: The largest TA file in bytes.
-MAX_TA_SIZE = 16 << 20
-
-#: How many bytes a TEE may have allocated here at once.
-MAX_SHARED_MEMORY = 64 << 20
-
-#: How many allocations it may have at once.
-MAX_ALLOCATIONS = 1024
-
-#: Alignments above this (bytes) are refused; memory that a driver allocates is aligned to pages where that matters to
-#: it.
-MAX_ALIGNMENT = 4096
-
-
-class Allocator(Protocol):
-    """Gives memory that the TEE can reach: for SHM_ALLOC and SHM_FREE."""
-
-    def allocate(self, size: int) -> Memory:
-        """Memory of at least ``size`` bytes, registered with the TEE. Raises MemoryError or TeeError."""
-
-    def free(self, memory: Memory) -> None:
-        """Give back what :meth:`allocate` gave."""
+_LIMITS = FileLimits()
 
 
 class RpcServer(Protocol):
@@ -60,11 +53,87 @@ class RpcServer(Protocol):
         """Give back all that is held for the TEE."""
 
 
-Log = Callable[[str], None]
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a supplicant serves, as text: it can be given to another process.
+
+    ``fs_folder`` "": no files. ``allow_sockets``: entries as :mod:`tee.io.services.destinations` has them; none: no
+    sockets. ``plugins``: ``UUID=MODULE:NAME``; ``installed_plugins`` adds those of installed packages.
+    """
+
+    ta_folders: tuple[str, ...] = ()
+    fs_folder: str = ""
+    fs_max_bytes: int = _LIMITS.max_bytes
+    fs_max_files: int = _LIMITS.max_files
+    fs_sync: bool = True
+    allow_sockets: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    installed_plugins: bool = False
+
+    def arguments(self) -> list[str]:
+        """The command line that :meth:`parse` takes."""
+        out: list[str] = []
+        for folder in self.ta_folders:
+            out += ["--ta-folder", folder]
+        if self.fs_folder:
+            out += ["--fs-folder", self.fs_folder]
+        out += ["--fs-max-bytes", str(self.fs_max_bytes), "--fs-max-files", str(self.fs_max_files)]
+        if not self.fs_sync:
+            out.append("--fs-no-sync")
+        for entry in self.allow_sockets:
+            out += ["--allow-socket", entry]
+        for plugin in self.plugins:
+            out += ["--plugin", plugin]
+        if self.installed_plugins:
+            out.append("--installed-plugins")
+        return out
+
+    @staticmethod
+    def add_to(parser: argparse.ArgumentParser) -> None:
+        """Add the options to a command line."""
+        parser.add_argument("--ta-folder", action="append", default=[], help="where <uuid>.ta files lie")
+        parser.add_argument("--fs-folder", default="", help="where the TEE's files are kept")
+        parser.add_argument("--fs-max-bytes", type=int, default=_LIMITS.max_bytes)
+        parser.add_argument("--fs-max-files", type=int, default=_LIMITS.max_files)
+        parser.add_argument("--fs-no-sync", action="store_true", help="answer before files are on the disk")
+        parser.add_argument("--allow-socket", action="append", default=[], help="HOST:PORT that TAs may connect to")
+        parser.add_argument("--plugin", action="append", default=[], help="UUID=MODULE:NAME that TAs may call")
+        parser.add_argument("--installed-plugins", action="store_true", help="and those of installed packages")
+
+    @classmethod
+    def parsed(cls, options: argparse.Namespace) -> Services:
+        """What a command line says."""
+        return cls(
+            tuple(options.ta_folder),
+            options.fs_folder,
+            options.fs_max_bytes,
+            options.fs_max_files,
+            not options.fs_no_sync,
+            tuple(options.allow_socket),
+            tuple(options.plugin),
+            options.installed_plugins,
+        )
+
+    def check(self) -> None:
+        """Raises ValueError for what makes no sense; opens nothing."""
+        AllowList.parse(self.allow_sockets)
+        plugin_service.load(self._plugins())
+
+    def supplicant(self, *, log: Log | None = None) -> Supplicant:
+        """A supplicant that serves this. Raises ValueError, and OSError where the folder cannot be used."""
+        allowed = AllowList.parse(self.allow_sockets)
+        plugins = plugin_service.load(self._plugins())
+        limits = FileLimits(self.fs_max_bytes, self.fs_max_files)
+        files = FileStore(self.fs_folder, limits, sync=self.fs_sync) if self.fs_folder else None
+        return Supplicant(self.ta_folders, files=files, sockets=allowed, plugins=plugins, log=log)
+
+    def _plugins(self) -> list[str]:
+        return [*self.plugins, *(plugin_service.installed() if self.installed_plugins else ())]
 
 
 class Supplicant:
-    """The services over ``ta_folders``, which are searched in order for ``<uuid>.ta``.
+    """The services over ``ta_folders``, which are searched in order for ``<uuid>.ta``; files in ``files``, sockets to
+    destinations in ``sockets``, ``plugins`` by UUID, each only where it is given.
 
     Not thread-safe: one thread calls :meth:`serve`.
     """
@@ -73,177 +142,86 @@ class Supplicant:
         self,
         ta_folders: Sequence[str | os.PathLike[str]] = (),
         *,
+        files: FileStore | None = None,
+        sockets: AllowList | None = None,
+        plugins: Mapping[UUID, Plugin] | None = None,
         max_ta_size: int = MAX_TA_SIZE,
         max_shared_memory: int = MAX_SHARED_MEMORY,
         log: Log | None = None,
     ) -> None:
-        self._folders = tuple(Path(folder) for folder in ta_folders)
-        self._max_ta_size = max_ta_size
-        self._max_shared_memory = max_shared_memory
-        self._log = log if log is not None else _no_log
-        self._shared: dict[int, tuple[Memory, Allocator]] = {}  # by the identity of the memory
-        self._shared_bytes = 0
+        self._log = log = throttled(log) if log is not None else _no_log
+        self._shared = SharedMemory(max_shared_memory, log)
+        self._files = Files(files, log) if files is not None else None
+        self._sockets = Sockets(sockets, log) if sockets is not None and sockets.entries else None
+        self.services: dict[int, Service] = {
+            RpcCommand.LOAD_TA: TaLoader(ta_folders, max_ta_size, log).serve,
+            RpcCommand.SHM_ALLOC: self._shared.allocate,
+            RpcCommand.SHM_FREE: self._shared.free,
+            RpcCommand.FS: self._files.serve if self._files is not None else refused("FS", NO_FILES, log),
+            RpcCommand.SOCKET: (
+                self._sockets.serve if self._sockets is not None else refused("SOCKET", NO_SOCKETS, log)
+            ),
+            RpcCommand.PLUGIN: Plugins(plugins, log).serve if plugins else refused("PLUGIN", NO_PLUGINS, log),
+            RpcCommand.GPROF: refused("GPROF", PROFILES, log),
+            RpcCommand.FTRACE: refused("FTRACE", PROFILES, log),
+            RpcCommand.RPMB: refused("RPMB", RPMB, log),
+            RpcCommand.RPMB_PROBE_RESET: refused("RPMB_PROBE_RESET", RPMB, log),
+            RpcCommand.RPMB_PROBE_NEXT: refused("RPMB_PROBE_NEXT", RPMB, log),
+            RpcCommand.RPMB_FRAMES: refused("RPMB_FRAMES", RPMB, log),
+            RpcCommand.I2C_TRANSFER: refused("I2C_TRANSFER", I2C, log),
+        }
+        """What serves each command."""
 
     @property
     def shared_memory(self) -> tuple[int, int]:
         """How many allocations the TEE has here, and of how many bytes together."""
-        return len(self._shared), self._shared_bytes
+        return self._shared.usage
 
     def serve(self, rpc: Rpc, allocator: Allocator) -> RpcReply:
         """The answer to ``rpc``; ``allocator`` gives and takes the memory of SHM_ALLOC and SHM_FREE. Never raises."""
-        service = SERVICES.get(rpc.command)
+        service = self.services.get(rpc.command)
         if service is None:
             return RpcReply(Result.NOT_SUPPORTED)
         try:
-            return RpcReply(Result.SUCCESS, service(self, rpc.params, allocator))
-        except _ReplyError as error:
+            return RpcReply(Result.SUCCESS, service(rpc.params, allocator))
+        except ReplyError as error:
             return RpcReply(error.code, error.params)
         except TeeError as error:
-            self._log(f"RPC {rpc.command}: {error}")
+            if error.why:
+                self._log(f"{describe_command(rpc.command)} is answered with an error: {error}")
             return RpcReply(error.code)
         except MemoryError:
             return RpcReply(Result.OUT_OF_MEMORY)
+        except (ValueError, OverflowError) as error:  # of memory that is not as the TEE says
+            self._log(f"{describe_command(rpc.command)} makes no sense: {error}")
+            return RpcReply(Result.BAD_PARAMETERS)
         except OSError as error:
-            self._log(f"RPC {rpc.command}: {error}")
+            self._log(f"{describe_command(rpc.command)} failed: {error}")
             return RpcReply(Result.GENERIC)
 
     def close(self) -> None:
-        """Free all that the TEE has not."""
-        for memory, allocator in tuple(self._shared.values()):
-            self._drop(memory, allocator)
+        """Free all that the TEE has not, close its files and sockets."""
+        self._shared.close()
+        if self._files is not None:
+            self._files.close()
+        if self._sockets is not None:
+            self._sockets.close()
 
     def forget(self, memory: Memory) -> None:
         """Free an allocation whose answer never reached the TEE. Nothing where it is not one."""
-        held = self._shared.get(id(memory))
-        if held is not None:
-            self._drop(*held)
-
-    # The services. Each takes the parameters of its command and gives those of the answer.
-
-    def load_ta(self, params: list[Param], _: Allocator) -> list[Param]:
-        """LOAD_TA, as the real supplicant does it: without memory it answers the size; where the memory is too small
-        SHORT_BUFFER, with the size."""
-        name, target = _two(params)
-        if not isinstance(name, Value) or name.direction != Direction.IN:
-            raise _bad("LOAD_TA names its TA by a value")
-        if not isinstance(target, MemRef) or target.direction != Direction.OUT:
-            raise _bad("LOAD_TA has a memory reference for its answer")
-        try:
-            uuid = UUID(bytes=name.a.to_bytes(8, "little") + name.b.to_bytes(8, "little"))
-        except OverflowError:
-            raise _bad("LOAD_TA names its TA by two words of 64 bits") from None
-        fd = self._open(uuid)
-        try:
-            size = os.fstat(fd).st_size
-            if size > self._max_ta_size:
-                raise TeeError(Result.OUT_OF_MEMORY, Origin.COMMS, f"{uuid}.ta has {size} bytes")
-            answer = MemRef(Direction.OUT, target.memory, target.offset, size)
-            if target.memory is None:
-                return [name, answer]
-            if size > target.size:
-                raise _ReplyError(Result.SHORT_BUFFER, [name, answer])
-            answer.size = _read_into(fd, target.memory, target.offset, size)
-            return [name, answer]
-        finally:
-            os.close(fd)
-
-    def allocate(self, params: list[Param], allocator: Allocator) -> list[Param]:
-        """SHM_ALLOC."""
-        if len(params) != 1 or not isinstance(request := params[0], Value):
-            raise _bad("SHM_ALLOC has one value")
-        kind, size, alignment = request.a, request.b, request.c
-        if kind not in (ShmType.APPLICATION, ShmType.GLOBAL):
-            raise _bad(f"memory of type {kind} is not a supplicant's")
-        if alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise _bad(f"an alignment of {alignment}")
-        if not 0 < size <= self._max_shared_memory - self._shared_bytes or len(self._shared) >= MAX_ALLOCATIONS:
-            raise TeeError(Result.OUT_OF_MEMORY, Origin.COMMS, f"{size} bytes on top of {self._shared_bytes}")
-        memory = allocator.allocate(size)
-        self._shared[id(memory)] = (memory, allocator)
-        self._shared_bytes += memory.size
-        return [MemRef(Direction.INOUT, memory, 0, size)]
-
-    def free(self, params: list[Param], _: Allocator) -> list[Param]:
-        """SHM_FREE."""
-        kind, reference = _two(params)
-        if not isinstance(kind, Value) or not isinstance(reference, MemRef) or reference.memory is None:
-            raise _bad("SHM_FREE has a value and a memory reference")
-        held = self._shared.get(id(reference.memory))
-        if held is None:
-            raise _bad("SHM_FREE of memory that is not allocated here")
-        self._drop(*held)
-        return []
-
-    def _drop(self, memory: Memory, allocator: Allocator) -> None:
-        del self._shared[id(memory)]
-        self._shared_bytes -= memory.size
-        try:
-            allocator.free(memory)
-        except TeeError as error:  # the TEE is gone; so is its hold on the memory
-            self._log(f"shared memory is not freed: {error}")
-
-    def _open(self, uuid: UUID) -> int:
-        """A file descriptor of the TA's file: a regular file, directly in one of the folders."""
-        for folder in self._folders:
-            try:
-                # Not blocking: a FIFO of that name must not hold the supplicant.
-                fd = os.open(folder / f"{uuid}.ta", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError):
-                    self._log(f"{uuid}.ta: {error}")
-                continue
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return fd
-            self._log(f"{uuid}.ta is not a regular file")
-            os.close(fd)
-        raise TeeError(Result.ITEM_NOT_FOUND, Origin.COMMS, f"there is no {uuid}.ta")
+        self._shared.forget(memory)
 
 
-Service = Callable[[Supplicant, list[Param], Allocator], list[Param]]
+def throttled(log: Log) -> Log:
+    """``log``, but so that a TEE cannot fill it."""
+    throttle = Throttle()
 
-#: What is served, by command.
-SERVICES: dict[int, Service] = {
-    RpcCommand.LOAD_TA: Supplicant.load_ta,
-    RpcCommand.SHM_ALLOC: Supplicant.allocate,
-    RpcCommand.SHM_FREE: Supplicant.free,
-}
+    def limited(line: str) -> None:
+        more = throttle.admit()
+        if more is not None:
+            log(line + more)
 
-
-class _ReplyError(Exception):
-    """An answer that is not SUCCESS but carries parameters."""
-
-    def __init__(self, code: int, params: list[Param]) -> None:
-        super().__init__(code)
-        self.code = code
-        self.params = params
-
-
-def _two(params: list[Param]) -> tuple[Param, Param]:
-    return (params[0], params[1]) if len(params) == 2 else (Nothing(), Nothing())
-
-
-def _read_into(fd: int, memory: Memory, offset: int, size: int) -> int:
-    """Read up to ``size`` bytes of a file into ``memory``; returns how many there were."""
-    with closing(os.fdopen(fd, "rb", buffering=0, closefd=False)) as file:
-        try:
-            view = memory.view(offset, size)
-            if view is None:
-                data = file.read(size)
-                memory.write(offset, data)
-                return len(data)
-        except ValueError as error:
-            raise _bad(str(error)) from None
-        done = 0
-        while done < size:
-            count = file.readinto(view[done:])
-            if not count:
-                break
-            done += count
-        return done
-
-
-def _bad(why: str) -> TeeError:
-    return TeeError(Result.BAD_PARAMETERS, Origin.COMMS, why)
+    return limited
 
 
 def _no_log(_: str) -> None:

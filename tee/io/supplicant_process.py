@@ -15,12 +15,14 @@ The two speak over a stream socket, in frames; all integers are little-endian::
 In a request ``code`` is the command, in an answer the result. The child is not trusted: the parent checks ids, kinds,
 sizes and tokens of each answer; one that makes no sense ends the child.
 
-``python -m tee.io.supplicant_process --fd N --ta-folder D`` is the child.
+``python -m tee.io.supplicant_process --fd N --ta-folder D …`` is the child; further options say what it serves
+(:class:`~tee.io.supplicant.Services`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import signal
@@ -34,7 +36,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tee.io.supplicant import MAX_SHARED_MEMORY, MAX_TA_SIZE, Allocator, Supplicant
+from tee.io.supplicant import MAX_SHARED_MEMORY, MAX_TA_SIZE, Allocator, Services, Supplicant
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Result
@@ -42,6 +44,9 @@ from tee.rpc import Rpc, RpcCommand, RpcReply
 
 #: The largest frame in bytes: a TA of the largest size, and what goes around it.
 MAX_FRAME = MAX_TA_SIZE + (64 << 10)
+
+#: The largest memory of a parameter: a little less.
+MAX_CONTENT = MAX_TA_SIZE + (32 << 10)
 
 #: How many parameters a frame may have.
 MAX_PARAMS = 16
@@ -167,12 +172,16 @@ class SupplicantProcess:
         self,
         ta_folders: Sequence[str | os.PathLike[str]] = (),
         *,
+        services: Services | None = None,
         max_shared_memory: int = MAX_SHARED_MEMORY,
         command: Sequence[str] | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        """``command`` starts the child (``--fd N`` and the folders are added); by default this module."""
-        self._folders = tuple(os.fspath(Path(folder)) for folder in ta_folders)
+        """``services`` says what is served besides the TAs of ``ta_folders``. ``command`` starts the child (``--fd N``
+        and what :meth:`Services.arguments` gives are added); by default this module."""
+        served = services if services is not None else Services()
+        folders = tuple(os.fspath(Path(folder)) for folder in ta_folders)
+        self._services = dataclasses.replace(served, ta_folders=(*folders, *served.ta_folders))
         self._command = tuple(command) if command is not None else (sys.executable, "-m", "tee.io.supplicant_process")
         self._max_shared_memory = max_shared_memory
         self._log = log if log is not None else _no_log
@@ -200,9 +209,7 @@ class SupplicantProcess:
                 return
             mine, other = socket.socketpair()
             try:
-                arguments = [*self._command, "--fd", str(other.fileno())]
-                for folder in self._folders:
-                    arguments += ["--ta-folder", folder]
+                arguments = [*self._command, "--fd", str(other.fileno()), *self._services.arguments()]
                 process = subprocess.Popen(
                     arguments, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, env=_child_environment()
                 )
@@ -250,7 +257,8 @@ class SupplicantProcess:
     def serve(self, rpc: Rpc, allocator: Allocator) -> RpcReply:
         """See :class:`~tee.io.supplicant.RpcServer`."""
         try:
-            request = Frame(next(self._ids) & 0xFFFFFFFF, rpc.command, [self._to_wire(p) for p in rpc.params])
+            known = rpc.command == RpcCommand.SHM_FREE  # memory as such, not its content
+            request = Frame(next(self._ids) & 0xFFFFFFFF, rpc.command, [self._to_wire(p, known) for p in rpc.params])
         except (ValueError, TypeError):
             return RpcReply(Result.BAD_PARAMETERS)
         answer = self._exchange(request)
@@ -323,7 +331,7 @@ class SupplicantProcess:
 
     # Parameters to and from frames.
 
-    def _to_wire(self, param: Param) -> WireParam:
+    def _to_wire(self, param: Param, only_token: bool) -> WireParam:
         if isinstance(param, Value):
             return WireParam(param.direction, 0, param.a, param.b, param.c)
         if isinstance(param, MemRef):
@@ -332,7 +340,11 @@ class SupplicantProcess:
                 return WireParam(kind, _NULL, param.size)
             token = self._token_of(param.memory)
             content = b""
-            if param.direction != Direction.OUT and not token:
+            if not only_token:
+                param.memory.view(param.offset, param.size)  # raises where that is outside the memory
+                if param.size > MAX_CONTENT:
+                    raise ValueError(f"{param.size} bytes, which no frame can hold")
+            if param.direction != Direction.OUT and not only_token:
                 content = param.memory.read(param.offset, param.size)
             return WireParam(kind, 0, param.size, token, len(content), content)
         return WireParam()
@@ -495,11 +507,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The child: serves the supplicant's services on an inherited stream socket until its other end is closed."""
     parser = argparse.ArgumentParser(prog="tee.io.supplicant_process", description=main.__doc__)
     parser.add_argument("--fd", type=int, required=True, help="the connected stream socket, inherited")
-    parser.add_argument(
-        "--ta-folder", action="append", default=[], help="where <uuid>.ta files lie; may be given again"
-    )
+    Services.add_to(parser)
     options = parser.parse_args(arguments)
-    supplicant = Supplicant(options.ta_folder, log=lambda text: print(text, file=sys.stderr))
+    try:
+        supplicant = Services.parsed(options).supplicant(log=lambda text: print(text, file=sys.stderr))
+    except (OSError, ValueError) as error:
+        print(f"the supplicant cannot start: {error}", file=sys.stderr)
+        return 1
     with socket.socket(fileno=options.fd) as connection:
         try:
             serve_connection(connection, supplicant)

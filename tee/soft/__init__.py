@@ -5,6 +5,9 @@
 * :mod:`tee.soft.scheduler`: runs the coroutines,
 * :mod:`tee.soft.states`: its state machines, as tables,
 * :mod:`tee.soft.loader`: fetches TAs over RPC, verifies and executes them,
+* :mod:`tee.soft.storage`: TAs' objects, whose bytes lie with the caller's supplicant,
+* :mod:`tee.soft.outside`: memory that supplicants lend,
+* :mod:`tee.soft.limits`: how much of everything there is,
 * :mod:`tee.soft.examples`: TA payloads.
 
 It isolates TAs from *clients*, and clients from one another. It does not isolate TAs from the backend's process:

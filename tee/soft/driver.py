@@ -4,17 +4,20 @@ it ends.
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from tee import package
 from tee.calls import (
     Call,
+    Client,
     CloseContext,
     CloseSession,
     Invoke,
+    Login,
     OpenContext,
     OpenSession,
     RegisterMemory,
@@ -24,10 +27,12 @@ from tee.driver import Done, Event, GenCap, RpcWithdrawn, Sink, TeeInfo, TeeKind
 from tee.memory import Memory
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
-from tee.soft.entities import Context, Instance, Program, Registration, Session
+from tee.soft.entities import Context, Instance, Program, Registration, Session, Visit
+from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
-from tee.soft.params import admit, check_sizes, let_go, registration_of, write_back
-from tee.soft.scheduler import Scheduler, Task
+from tee.soft.outside import Outside
+from tee.soft.params import admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
+from tee.soft.scheduler import Park, Rare, Scheduler, Task, suspend
 from tee.soft.states import (
     CONTEXT,
     INSTANCE,
@@ -40,7 +45,8 @@ from tee.soft.states import (
     SessionEvent,
     SessionState,
 )
-from tee.soft.ta import Environment, TrustedApplication
+from tee.soft.storage import Storage, Vault
+from tee.soft.ta import Environment, Parameters, TaParam, TrustedApplication, properties_of
 
 #: How many calls to begin and coroutines to step in one :meth:`SoftTee.run`.
 STEPS_PER_RUN = 64
@@ -58,6 +64,12 @@ class SoftTee:
     :param built_in: TAs that are there without being loaded
     :param threads: how many calls can be inside TAs at once; others wait their turn
     :param max_ta_size: the largest TA package, in bytes
+    :param limits: how much of everything there is
+    :param longest_call: seconds that a call may take from the first time that it waits; then what it waits for is
+        refused, and a TA that goes on nevertheless is ended. A TA that never waits is out of reach: it holds the
+        whole TEE
+    :param storage_key: the device key under which TAs' objects are stored, at least 16 secret bytes; none: a random
+        one that is thrown away, and with it all that was stored, when this TEE ends
     :param log: takes lines for whoever operates the TEE: panics, refused packages, what TAs log
     """
 
@@ -70,12 +82,17 @@ class SoftTee:
         built_in: Mapping[UUID, type[TrustedApplication]] | None = None,
         threads: int = 4,
         max_ta_size: int = package.MAX_PACKAGE,
+        limits: SoftLimits | None = None,
+        longest_call: float | None = None,
+        storage_key: bytes | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._clock = clock
         self._random = random
         self._log = log if log is not None else _no_log
-        self._loader = Loader(keys, max_ta_size, self._new_use, self._end_use)
+        self._limits = limits if limits is not None else SoftLimits()
+        outside = Outside(self._new_use, self._end_use)
+        self._loader = Loader(keys, max_ta_size, outside)
         self._built_in = {u: Program(u, ta, ta.version) for u, ta in (built_in or {}).items()}
         self._inbox: deque[Call] = deque()
         self._outbox: deque[Event] = deque()
@@ -83,12 +100,24 @@ class SoftTee:
         self._cancelled: set[Call] = set()
         self._singles: dict[UUID, Instance] = {}
         self._contexts: set[Context] = set()
+        self._instances: set[Instance] = set()
+        self._instances_of: dict[str, int] = {}  # how many of them, by machine
+        self._loaded = 0  # how many of them came in packages
+        self._memory = 0  # what they have declared
         self._sink: Sink | None = None
         self._scheduler = Scheduler(
             clock=clock,
             threads=threads,
             emit_rpc=self._outbox.append,
             emit_withdrawn=lambda rpc: self._outbox.append(RpcWithdrawn(rpc)),
+            longest=longest_call,
+        )
+        self._vault = Vault(
+            storage_key if storage_key is not None else secrets.token_bytes(32),
+            random=random,
+            limits=self._limits,
+            outside=outside,
+            scheduler=self._scheduler,
         )
         self._begin: dict[type[Call], Callable[[Any], None]] = {
             OpenContext: self._open_context,
@@ -173,13 +202,12 @@ class SoftTee:
 
     def usage(self) -> dict[str, int]:
         """How many there are now of what this TEE keeps, by name; for metrics, and for tests that look for leaks."""
-        instances = {session.instance for context in self._contexts for session in context.sessions}
-        instances.update(self._singles.values())
+        opened = [instance.opened.sessions for instance in self._instances]
         return {
             "calls": len(self._calls),
             "contexts": len(self._contexts),
-            "sessions": sum(len(context.sessions) for context in self._contexts),
-            "instances": len(instances),
+            "sessions": sum(len(context.sessions) for context in self._contexts) + sum(map(len, opened)),
+            "instances": len(self._instances),
             "registrations": sum(len(context.registrations) for context in self._contexts),
             "rpcs": len(self._scheduler.rpcs),
             "threads_busy": self._scheduler.threads - self._scheduler.free,
@@ -250,6 +278,8 @@ class SoftTee:
 
     def _outcome(self, task: Task, error: BaseException | None) -> tuple[int, int]:
         """What came of ``task``, as code and origin: the TA's results, error or panic, or this TEE's own error."""
+        if task.rare is not None:
+            self._end_visits(task.rare)
         if not task.entered:
             if isinstance(error, TeeError):
                 return error.code, error.origin
@@ -271,9 +301,13 @@ class SoftTee:
                 let_go(pairs)
                 return code, Origin.TRUSTED_APP
         let_go(task.pairs)
-        self._log(f"TA {task.instance.program.uuid} panicked: {error!r}")
-        self._move_instance(task.instance, InstanceEvent.PANIC)
+        self._panic(task.instance, task, error)
         return Result.TARGET_DEAD, Origin.TEE
+
+    def _panic(self, instance: Instance, task: Task, error: BaseException | None) -> None:
+        if (instance.state, InstanceEvent.PANIC) in INSTANCE:  # else it is dead or gone already
+            self._log(f"TA {instance.program.uuid} panicked: {error!r}")
+            self._move_instance(instance, InstanceEvent.PANIC, task.context)
 
     # Contexts.
 
@@ -369,6 +403,8 @@ class SoftTee:
     def _open_session(self, call: OpenSession) -> None:
         if not isinstance(call.uuid, UUID):
             raise TypeError("a TA is named by a UUID")
+        if call.client.login >= Login.TRUSTED_APP:
+            raise TeeError(Result.ACCESS_DENIED, Origin.TEE, "a client cannot say that it is a TA")
         self._place(self._task(call, self._context(call.context)))
 
     def _place(self, task: Task) -> None:
@@ -381,13 +417,20 @@ class SoftTee:
         instance = self._singles.get(call.uuid)
         if instance is None:
             program = task.program or self._built_in.get(call.uuid)
-            if program is None:
+            try:
+                self._check_room(program, task.context.vm)
+                if program is not None:
+                    instance = self._new_instance(program, task.context)
+            except TeeError as error:
+                self._log(f"no instance of TA {call.uuid}: {error}")
+                self._end_task(task, error.code, error.origin)
+                return
+            if instance is None:
                 task.masked = False
                 task.main = lambda task: self._loader.load(task, call.uuid)
-                task.ended = self._loaded
+                task.ended = self._program_loaded
                 self._scheduler.submit(task)
                 return
-            instance = self._new_instance(program)
         elif instance.state == InstanceState.DESTROYING:
             # Two of a single instance must not overlap: look again when this one is gone.
             task.main, task.ended = self._enter_session, self._session_entered
@@ -404,7 +447,7 @@ class SoftTee:
         task.main, task.ended = self._enter_session, self._session_entered
         self._acquire(task, instance)
 
-    def _loaded(self, task: Task, program: Any, error: BaseException | None) -> None:
+    def _program_loaded(self, task: Task, program: Any, error: BaseException | None) -> None:
         if error is None:
             self._scheduler.rearm(task)
             task.program = program
@@ -416,10 +459,40 @@ class SoftTee:
         self._log(f"TA {task.call.uuid} is not loaded: {error}")
         self._end_task(task, error.code, error.origin)
 
-    def _new_instance(self, program: Program) -> Instance:
-        env = Environment(program.uuid, program.version, clock=self._clock, random=self._random, log=self._log)
-        instance = Instance(program, env)
-        if program.ta.single_instance:
+    def _check_room(self, program: Program | None, vm: str) -> None:
+        """OUT_OF_MEMORY unless there may be one more instance: of ``program``, or of one that is to be loaded."""
+        limits = self._limits
+        why = ""
+        if len(self._instances) >= limits.instances or self._instances_of.get(vm, 0) >= limits.instances_per_vm:
+            why = "there are too many instances"
+        elif (program is None or program.loaded) and self._loaded >= limits.loaded:
+            why = "too many TAs are loaded"
+        elif program is not None:
+            size = program.ta.data_size
+            if size > limits.instance_memory or self._memory + size > limits.memory:
+                why = f"the TA wants {size} bytes of memory"
+        if why:
+            raise TeeError(Result.OUT_OF_MEMORY, Origin.TEE, why)
+
+    def _new_instance(self, program: Program, context: Context) -> Instance:
+        ta = program.ta
+        env = Environment(
+            program.uuid,
+            program.version,
+            clock=self._clock,
+            random=self._random,
+            log=self._log,
+            services=self,
+            properties=properties_of(ta, program.version),
+            memory=ta.data_size,
+        )
+        env.storage = Storage(self._vault, env)
+        instance = Instance(program, env, context.vm, Context(self, context.vm))
+        self._instances.add(instance)
+        self._instances_of[context.vm] = self._instances_of.get(context.vm, 0) + 1
+        self._loaded += program.loaded
+        self._memory += ta.data_size
+        if ta.single_instance:
             self._singles[program.uuid] = instance
         return instance
 
@@ -431,11 +504,11 @@ class SoftTee:
         if instance.state == InstanceState.CREATING:
             instance.ta = instance.program.ta(instance.env)
             await instance.ta.create()
-            self._move_instance(instance, InstanceEvent.CREATED)
+            self._move_instance(instance, InstanceEvent.CREATED, task.context)
         try:
             return await instance.ta.open_session(task.params, call.client)
         except TeeError:
-            await self._leave(instance, task.session)
+            await self._leave(instance, task.session, task.context)
             raise
 
     def _session_entered(self, task: Task, data: object, error: BaseException | None) -> None:
@@ -449,11 +522,14 @@ class SoftTee:
             self._move_session(session, SessionEvent.OPENED)
         else:
             self._move_session(session, SessionEvent.FAILED)
-            # Where nobody else waits to create the instance, it will never be: it must not stay.
-            if instance.state == InstanceState.CREATING and (task.entered or not instance.sessions):
-                self._move_instance(instance, InstanceEvent.FAILED)
+            self._give_up_creating(instance, task.context, task.entered)
         self._release(task, instance)
         self._end_task(task, code, origin, session if code == Result.SUCCESS else None)
+
+    def _give_up_creating(self, instance: Instance, context: Context, entered: bool) -> None:
+        """An opening has failed. Where nobody else waits to create the instance, it will never be: it must not stay."""
+        if instance.state == InstanceState.CREATING and (entered or not instance.sessions):
+            self._move_instance(instance, InstanceEvent.FAILED, context)
 
     def _close_session(self, call: CloseSession) -> None:
         session = self._session(call.session)
@@ -475,10 +551,10 @@ class SoftTee:
         task.main, task.ended = self._leave_session, self._session_left
         if task.call is not None:
             self._calls[task.call] = task
-        session.context.tasks.add(task)
+        task.context.tasks.add(task)
         instance = session.instance
         for other in (instance.owner, *instance.queue):
-            if other is not None and other.session is session:
+            if isinstance(other, Task) and other.session is session:
                 self._scheduler.cancel(other)
         self._acquire(task, instance)
 
@@ -494,22 +570,22 @@ class SoftTee:
             await instance.ta.close_session(session.data)
         except TeeError as error:
             self._log(f"TA {instance.program.uuid}: close_session ended with {error}")
-        await self._leave(instance, session)
+        await self._leave(instance, session, task.context)
 
-    async def _leave(self, instance: Instance, session: Session | None) -> None:
+    async def _leave(self, instance: Instance, session: Session | None, context: Context) -> None:
         """``session`` no longer counts; with the last one the instance ends, unless it is kept alive."""
         if session is not None:
             instance.sessions.discard(session)
         ta = instance.program.ta
         if instance.sessions or (ta.single_instance and ta.keep_alive):
             return
-        self._move_instance(instance, InstanceEvent.EMPTY)
+        self._move_instance(instance, InstanceEvent.EMPTY, context)
         assert instance.ta is not None
         try:
             await instance.ta.destroy()
         except TeeError as error:
             self._log(f"TA {instance.program.uuid}: destroy ended with {error}")
-        self._move_instance(instance, InstanceEvent.DESTROYED)
+        self._move_instance(instance, InstanceEvent.DESTROYED, context)
 
     def _session_left(self, task: Task, _: object, error: BaseException | None) -> None:
         # Closing never fails for the client; but a panic on the way is told.
@@ -581,7 +657,13 @@ class SoftTee:
         if instance.owner is not task:
             return
         instance.env.enter(None)
+        self._pass_on(instance, task.context)
+
+    def _pass_on(self, instance: Instance, context: Context) -> None:
+        """Nobody is in ``instance`` any more, in which a call of ``context`` was: let the next one in."""
         instance.owner = None
+        if instance.visits:
+            self._let_visits_in(instance)
         queue = instance.queue
         while queue and instance.owner is None:
             task = queue.popleft()
@@ -595,7 +677,7 @@ class SoftTee:
                 instance.owner = task
                 self._scheduler.submit(task)
         if not instance.sessions and instance.state == InstanceState.ALIVE and instance.owner is None:
-            self._reap(task.context, instance)
+            self._reap(context, instance)
 
     def _reap(self, context: Context, instance: Instance) -> None:
         """End an instance whose last session went away before it was entered (its OpenSession was cancelled)."""
@@ -611,7 +693,7 @@ class SoftTee:
     async def _leave_nobody(self, task: Task) -> None:
         self._enter(task)
         if not task.instance.sessions:
-            await self._leave(task.instance, None)
+            await self._leave(task.instance, None, task.context)
 
     def _nobody_left(self, task: Task, _: object, error: BaseException | None) -> None:
         self._outcome(task, error)
@@ -625,19 +707,269 @@ class SoftTee:
             task.session = None
         self._place(task)
 
-    def _move_instance(self, instance: Instance, event: InstanceEvent) -> None:
+    def _move_instance(self, instance: Instance, event: InstanceEvent, context: Context) -> None:
+        """``context`` is that of the call in which it happens: what has to be done then counts as under it."""
         instance.state, action = INSTANCE[instance.state, event]
         if action:
-            getattr(self, f"_{action}")(instance)
+            getattr(self, f"_{action}")(instance, context)
 
-    def _bury_instance(self, instance: Instance) -> None:
-        self._forget_instance(instance)
+    def _bury_instance(self, instance: Instance, context: Context) -> None:
+        self._forget_instance(instance, context)
         for session in instance.sessions:
             self._move_session(session, SessionEvent.PANIC)
 
-    def _forget_instance(self, instance: Instance) -> None:
+    def _forget_instance(self, instance: Instance, context: Context) -> None:
         if self._singles.get(instance.program.uuid) is instance:
             del self._singles[instance.program.uuid]
+        self._instances.discard(instance)
+        self._loaded -= instance.program.loaded
+        self._memory -= instance.program.ta.data_size
+        left = self._instances_of[instance.vm] - 1
+        if left:
+            self._instances_of[instance.vm] = left
+        else:
+            del self._instances_of[instance.vm]
+        instance.env.storage.end()
+        for session in tuple(instance.opened.sessions):
+            self._end_opened(session, context)
+
+    # Calls from TA to TA. They run in the task of the outer call, and so on its thread.
+
+    async def open_inner(self, env: Environment, uuid: UUID, params: Sequence[TaParam]) -> Session:
+        """See :meth:`tee.soft.ta.Environment.open_session`."""
+        task = env.current()
+        opener = self._inside(task)
+        seen, pairs = pass_on(params)
+        client = Client(Login.TRUSTED_APP, env.uuid, task.context.vm)
+        while True:
+            instance = await self._instance_for(task, uuid)
+            session = Session(opener.opened, instance)
+            opener.opened.sessions.add(session)
+            instance.sessions.add(session)
+            visit = Visit(task, instance, session)
+            try:
+                if await self._visit(visit, lambda s=session: self._open_inside(task, s, seen, client), pairs):  # type: ignore[misc]
+                    return session
+                self._forget_session(session)  # somebody else's opening has failed, and the instance with it
+            except BaseException:
+                if session.state == SessionState.OPENING:
+                    self._move_session(session, SessionEvent.FAILED)
+                    self._give_up_creating(instance, task.context, visit.entered)
+                raise
+            finally:
+                self._go_out(visit)
+
+    async def _open_inside(self, task: Task, session: Session, params: Parameters, client: Client) -> None:
+        instance = session.instance
+        if instance.state == InstanceState.CREATING:
+            instance.ta = instance.program.ta(instance.env)
+            await instance.ta.create()
+            self._move_instance(instance, InstanceEvent.CREATED, task.context)
+        assert instance.ta is not None
+        try:
+            session.data = await instance.ta.open_session(params, client)
+        except TeeError:
+            await self._leave(instance, session, task.context)
+            raise
+        self._move_session(session, SessionEvent.OPENED)
+
+    async def invoke_inner(self, env: Environment, session: Session, command: int, params: Sequence[TaParam]) -> None:
+        """See :meth:`tee.soft.ta.TaSession.invoke`."""
+        task = self._task_of_opener(env, session)
+        if session.state == SessionState.DEAD:
+            raise _target_dead()
+        if session.state != _OPEN:
+            raise TeeError(Result.BAD_STATE, Origin.TEE, "the session is closed")
+        if not 0 <= command < 1 << 32:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "a command has 32 bits")
+        seen, pairs = pass_on(params)
+        visit = Visit(task, session.instance, session)
+        ta = session.instance.ta
+        assert ta is not None
+        try:
+            await self._visit(visit, lambda: ta.invoke(session.data, command, seen), pairs)
+        finally:
+            self._go_out(visit)
+
+    async def close_inner(self, env: Environment, session: Session) -> None:
+        """See :meth:`tee.soft.ta.TaSession.close`."""
+        task = self._task_of_opener(env, session)
+        visit = Visit(task, session.instance, session)
+        try:
+            if session.state == _OPEN:
+                await self._visit(visit, lambda: self._close_inside(task, session), [])
+        except TeeError as error:  # it was not reached, or panicked on the way
+            self._log(f"TA {env.uuid}: closing a session with {session.instance.program.uuid} ended with {error}")
+        finally:
+            self._go_out(visit)
+        self._end_opened(session, task.context)
+
+    async def _close_inside(self, task: Task, session: Session) -> None:
+        session.state, _ = SESSION[session.state, SessionEvent.CLOSE]
+        instance = session.instance
+        assert instance.ta is not None
+        try:
+            await instance.ta.close_session(session.data)
+        except TeeError as error:
+            self._log(f"TA {instance.program.uuid}: close_session ended with {error}")
+        await self._leave(instance, session, task.context)
+        self._move_session(session, SessionEvent.CLOSED)
+
+    def _end_opened(self, session: Session, context: Context) -> None:
+        """A session that a TA had opened ends, by the TEE's own hand where it has to: that waits for nobody."""
+        if session.state in (_OPEN, SessionState.DEAD):
+            task = Task(None, context)
+            task.needs_thread = False
+            task.forced = True
+            self._begin_close(session, task)
+        elif session.state != SessionState.CLOSED:
+            self._forget_session(session)  # its TA was ended while it opened or closed it
+
+    async def _instance_for(self, task: Task, uuid: UUID) -> Instance:
+        """The instance with which another TA's session is opened, new or not."""
+        if not isinstance(uuid, UUID):
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "a TA is named by a UUID")
+        program: Program | None = None
+        while True:
+            instance = self._singles.get(uuid)
+            if instance is None:
+                program = program or self._built_in.get(uuid)
+                self._check_room(program, task.context.vm)
+                if program is not None:
+                    return self._new_instance(program, task.context)
+                program = await self._load_inside(task, uuid)
+            elif instance.state == InstanceState.DESTROYING:
+                # Two of a single instance must not overlap: look again when this one is gone.
+                visit = Visit(task, instance)
+                try:
+                    await self._come_in(visit)
+                finally:
+                    self._go_out(visit)
+            elif instance.sessions and not instance.program.ta.multi_session:
+                raise TeeError(Result.BUSY, Origin.TEE, "the TA serves one session at a time")
+            else:
+                return instance
+
+    async def _load_inside(self, task: Task, uuid: UUID) -> Program:
+        try:
+            return await self._loader.load(task, uuid)
+        except TeeError as error:
+            self._log(f"TA {uuid} is not loaded: {error}")
+            raise
+        except Exception as error:  # that is not the calling TA's fault, and no panic of it
+            self._log(f"TA {uuid} is not loaded: {error!r}")
+            raise TeeError(Result.GENERIC, Origin.TEE, f"loading failed: {error!r}") from error
+
+    async def _visit(
+        self,
+        visit: Visit,
+        enter: Callable[[], Coroutine[Any, Any, None]],
+        pairs: Sequence[tuple[TaParam, TaParam]],
+    ) -> bool:
+        """Wait until nobody else is in the instance, and run ``enter`` there; False where the instance is gone.
+
+        Whoever calls this calls :meth:`_go_out` when all is done.
+        """
+        task, instance = visit.task, visit.instance
+        visits = task.more().visits
+        if len(visits) >= self._limits.depth:
+            raise TeeError(Result.OUT_OF_MEMORY, Origin.TEE, f"{len(visits)} TAs call one another")
+        if not await self._come_in(visit):
+            return False
+        visit.masked, visit.entered = task.masked, True
+        visits.append(visit)
+        instance.env.enter_from(task, floor=visit.masked)
+        error: TeeError | None = None
+        try:
+            await enter()
+        except TeeError as own:
+            error = own
+        except KeyboardInterrupt:
+            raise  # it is for whoever runs the TEE
+        except GeneratorExit as end:  # the whole call is ended from outside
+            self._panic(instance, task, end)
+            raise
+        except BaseException as nonsense:
+            self._panic(instance, task, nonsense)
+            let_go(pairs)
+            raise _target_dead() from nonsense
+        try:
+            bring_back(pairs, succeeded=error is None)
+        except (ValueError, TypeError, AttributeError) as nonsense:
+            self._panic(instance, task, nonsense)
+            raise _target_dead() from nonsense
+        finally:
+            let_go(pairs)
+        if error is not None:
+            raise TeeError(_own_code(error), Origin.TRUSTED_APP, error.why) from error
+        return True
+
+    async def _come_in(self, visit: Visit) -> bool:
+        """Wait until nobody else is in the instance; False where it is gone then. BUSY where that could never be."""
+        task, instance = visit.task, visit.instance
+        owner = instance.owner
+        if owner is None:
+            instance.owner = visit
+            return True
+        if isinstance(owner, Task) and owner.state == CallState.WAITING:
+            # It has not begun, for want of a thread: whoever has one goes first, else both might wait for ever.
+            self._scheduler.withdraw(owner)
+            instance.queue.appendleft(owner)
+            instance.owner = visit
+            return True
+        place: Instance | None = instance
+        while place is not None and place.owner is not None:
+            inside = place.owner.task if isinstance(place.owner, Visit) else place.owner
+            if inside is task:
+                raise TeeError(Result.BUSY, Origin.TEE, "the TA waits for the one that calls it")
+            place = inside.more().parked_at
+        instance.visits.append(visit)
+        task.more().parked_at = instance
+        return bool(await suspend(Park()))
+
+    def _let_visits_in(self, instance: Instance) -> None:
+        while instance.visits and instance.owner is None:
+            visit = instance.visits.popleft()
+            visit.task.more().parked_at = None  # at once: who looks for circles must not see a wait that has ended
+            if instance.state == InstanceState.DEAD:
+                self._scheduler.wake(visit.task, _target_dead())
+            elif instance.state == InstanceState.GONE:
+                self._scheduler.wake(visit.task, False)
+            else:
+                instance.owner = visit
+                self._scheduler.wake(visit.task, True)
+
+    def _go_out(self, visit: Visit) -> None:
+        """``visit`` has ended, or will not be: the next may enter."""
+        task, instance = visit.task, visit.instance
+        task.more().parked_at = None
+        if visit.entered:
+            visit.entered = False
+            task.more().visits.remove(visit)
+            task.masked = visit.masked
+            instance.env.leave_from()
+        if instance.owner is visit:
+            self._pass_on(instance, task.context)
+        elif visit in instance.visits:
+            instance.visits.remove(visit)
+
+    def _end_visits(self, rare: Rare) -> None:
+        """A task was ended from outside, and TAs kept the visits from being ended with it."""
+        for visit in reversed(tuple(rare.visits)):
+            self._panic(visit.instance, visit.task, None)
+            self._go_out(visit)
+
+    def _inside(self, task: Task) -> Instance:
+        """The instance in which ``task`` is now."""
+        visits = task.more().visits
+        instance: Instance = visits[-1].instance if visits else task.instance
+        return instance
+
+    def _task_of_opener(self, env: Environment, session: Session) -> Task:
+        task = env.current()
+        if self._inside(task).opened is not session.context:
+            raise TeeError(Result.BAD_STATE, Origin.TEE, "another instance's session")
+        return task
 
 
 _MISSING = object()

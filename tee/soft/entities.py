@@ -20,6 +20,7 @@ class Program:
     uuid: UUID
     ta: type[TrustedApplication]
     version: int
+    loaded: bool = False  #: it came in a package, and is here as long as its instances are
 
 
 @dataclass(slots=True, eq=False)
@@ -37,20 +38,42 @@ class Context:
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A running TA. ``owner`` is the task that is in it or about to be; the others wait in ``queue``."""
+    """A running TA, made for a client of the machine ``vm``.
+
+    ``owner`` is the task or the visit that is in it or about to be. The others wait: in ``visits`` those that are
+    inside another instance already and hold a thread there (they go first), in ``queue`` those that have not begun.
+    ``opened`` has under it the sessions that this TA has opened with others.
+    """
 
     program: Program
     env: Environment
+    vm: str
+    opened: Context
     state: InstanceState = InstanceState.CREATING
     ta: TrustedApplication | None = None
-    owner: Task | None = None
+    owner: Task | Visit | None = None
+    visits: deque[Visit] = field(default_factory=deque)
     queue: deque[Task] = field(default_factory=deque)
     sessions: set[Session] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
+class Visit:
+    """A call from TA to TA: ``task``, which is inside another instance, enters ``instance`` too."""
+
+    task: Task
+    instance: Instance
+    session: Session | None = None
+    entered: bool = False
+    masked: bool = True  #: how the caller's mask was, to be put back
+
+
+@dataclass(slots=True, eq=False)
 class Session:
-    """A session; the object itself is what a client is given. ``data`` is what the TA made of it."""
+    """A session; the object itself is what a client is given. ``data`` is what the TA made of it.
+
+    ``context`` is the client's; for a session that a TA has opened, what its instance has ``opened``.
+    """
 
     context: Context
     instance: Instance

@@ -56,6 +56,41 @@ def admit(params: Sequence[Param], context: Context) -> tuple[Parameters, Pairs,
     return seen, pairs, leases
 
 
+def pass_on(params: Sequence[TaParam]) -> tuple[Parameters, list[tuple[TaParam, TaParam]]]:
+    """Check the parameters that a TA gives to another one; returns what that one sees of them, and both as pairs.
+
+    Memory needs no new lease: the outer call, which has it, lasts longer. Raises BAD_PARAMETERS.
+    """
+    seen = Parameters()
+    pairs: list[tuple[TaParam, TaParam]] = []
+    if len(params) > MAX_PARAMS:
+        raise _bad(f"{len(params)} parameters; {MAX_PARAMS} is the limit")
+    for param in params:
+        inner: TaParam
+        if type(param) is Value:
+            inner = _see_value(param)
+        elif type(param) is MemoryReference:
+            inner = param.passed_on()
+        elif type(param) is Nothing:
+            inner = Nothing()
+        else:
+            raise _bad(f"{type(param).__name__} is no parameter")
+        seen.append(inner)
+        pairs.append((param, inner))
+    return seen, pairs
+
+
+def bring_back(pairs: Sequence[tuple[TaParam, TaParam]], *, succeeded: bool) -> None:
+    """Write what a TA made of another one's parameters back. Raises what its nonsense raises: that is then a panic."""
+    for param, inner in pairs:
+        if type(param) is Value and type(inner) is Value and param.direction & _OUT:
+            param.a, param.b, param.c = inner.a & _MASK, inner.b & _MASK, inner.c & _MASK
+        elif type(param) is MemoryReference and type(inner) is MemoryReference and param.direction & _OUT:
+            if succeeded and inner.size > inner.capacity and not inner.null:
+                raise ValueError("the TA succeeded with an output that it said it had no room for")
+            param.told(inner.size)
+
+
 def write_back(pairs: Pairs) -> None:
     """Write a TA's results into the client's parameters. Raises what a TA's nonsense raises: that is then a panic."""
     for param, inner in pairs:
@@ -73,7 +108,7 @@ def check_sizes(pairs: Pairs) -> None:
             raise ValueError("the TA succeeded with an output that it said it had no room for")
 
 
-def let_go(pairs: Pairs) -> None:
+def let_go(pairs: Sequence[tuple[object, TaParam]]) -> None:
     """Take away the views that the TA got: its call has ended."""
     for _, inner in pairs:
         if type(inner) is MemoryReference:

@@ -1,9 +1,9 @@
 """Runs the coroutines of the software TEE: who may run, who waits for what, and how a waiting one is woken.
 
 It knows calls, threads, timers and RPCs, but neither sessions nor TAs. Coroutines talk to it by what they ``await``: a
-:class:`Yield`, a :class:`Sleep` or a :class:`CallOut`. "Threads" are no threads of an operating system, but how many
-    calls can be
-inside TAs at once, as on a real TEE; all of it runs on the one thread that calls :meth:`Scheduler.step`.
+:class:`Yield`, a :class:`Sleep`, a :class:`CallOut` or a :class:`Park`. "Threads" are no threads of an operating
+system, but how many calls can be inside TAs at once, as on a real TEE; all of it runs on the one thread that calls
+:meth:`Scheduler.step`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
 from tee.soft.states import CALL, CallEvent, CallState
 
-#: How often a coroutine may go on waiting after its context began to close, before it is ended as if it had panicked.
+#: How often a coroutine may go on waiting after its context began to close or its time was up, before it is ended as if
+#: it had panicked.
 MAX_REFUSALS = 1000
 
 _ADMIT, _RESUME, _RETURN = CallEvent.ADMIT, CallEvent.RESUME, CallEvent.RETURN
 _INTERRUPT, _ABANDON, _TIMER, _ANSWER = CallEvent.INTERRUPT, CallEvent.ABANDON, CallEvent.TIMER, CallEvent.ANSWER
-_WAITING, _ENDED = CallState.WAITING, CallState.ENDED
+_WAITING, _ENDED, _WAKE = CallState.WAITING, CallState.ENDED, CallEvent.WAKE
+
+_DEADLINE = -1  # in place of a turn: this timer is for all of a call
 
 
 class Yield:
@@ -61,8 +64,18 @@ class CallOut:
         self.timeout = timeout
 
 
-Wait = Yield | Sleep | CallOut
-_WAITS = (Yield, Sleep, CallOut)
+class Park:
+    """Wait for :meth:`Scheduler.wake`, whose value is what comes back."""
+
+    __slots__ = ("shielded",)
+    event = CallEvent.PARK
+
+    def __init__(self, *, shielded: bool = False) -> None:
+        self.shielded = shielded
+
+
+Wait = Yield | Sleep | CallOut | Park
+_WAITS = (Yield, Sleep, CallOut, Park)
 
 
 @types.coroutine
@@ -73,6 +86,19 @@ def suspend(wait: Wait) -> Generator[Wait, Any, Any]:
 
 class Panic(Exception):  # noqa: N818 - a panic is what it is
     """A coroutine that has to be ended from outside."""
+
+
+class Rare:
+    """What few tasks have."""
+
+    __slots__ = ("deadline", "parked_at", "visits", "why")
+
+    def __init__(self) -> None:
+        self.deadline = 0.0  # 0: it has not waited yet, or may take as long as it likes
+        self.why = "the client's context is closing"  # it is forced
+        # for the owner of the scheduler
+        self.visits: list[Any] = []  # in other instances, by calls from TA to TA, outermost first
+        self.parked_at: Any = None  # the instance that it waits for inside another one
 
 
 class Task:
@@ -99,6 +125,7 @@ class Task:
         "pairs",
         "params",
         "program",
+        "rare",
         "refusals",
         "session",
         "state",
@@ -114,7 +141,7 @@ class Task:
         self.state = _WAITING
         self.coroutine: Coroutine[Wait, Any, Any] | None = None
         self.cancelled = False  # the client asked it to end
-        self.forced = False  # its context is closing
+        self.forced = False  # its context is closing, or its time is up
         self.masked = True
         self.cancellable = True
         self.needs_thread = True
@@ -133,6 +160,13 @@ class Task:
         self.params: Any = None
         self.pairs: Any = ()
         self.leases: Any = ()
+        self.rare: Rare | None = None
+
+    def more(self) -> Rare:
+        """What most calls never need, made when it is asked for."""
+        if self.rare is None:
+            self.rare = Rare()
+        return self.rare
 
     @property
     def interrupted(self) -> bool:
@@ -141,7 +175,11 @@ class Task:
 
 
 class Scheduler:
-    """See the module's text. ``emit_rpc`` and ``emit_withdrawn`` receive RPCs that go out and that are given up."""
+    """See the module's text. ``emit_rpc`` and ``emit_withdrawn`` receive RPCs that go out and that are given up.
+
+    ``longest`` is how many seconds a call may take from the first time that it waits, None: any. After them it is
+    interrupted as if its context were closing.
+    """
 
     def __init__(
         self,
@@ -150,6 +188,7 @@ class Scheduler:
         threads: int,
         emit_rpc: Callable[[Rpc], None],
         emit_withdrawn: Callable[[Rpc], None],
+        longest: float | None = None,
     ) -> None:
         if threads < 1:
             raise ValueError("a TEE needs at least one thread")
@@ -158,6 +197,7 @@ class Scheduler:
         self.free = threads
         self.rpcs: dict[Rpc, Task] = {}
         self._clock = clock
+        self._longest = longest
         self._emit_rpc = emit_rpc
         self._emit_withdrawn = emit_withdrawn
         self._waiting: deque[Task] = deque()
@@ -175,6 +215,14 @@ class Scheduler:
             self.free -= 1
             task.threaded = True
         self._fire(task, _ADMIT)
+
+    def withdraw(self, task: Task) -> None:
+        """Take back a task that was submitted and waits for a thread; it can be submitted again."""
+        self._waiting.remove(task)
+
+    def wake(self, task: Task, value: object) -> None:
+        """End the :class:`Park` of ``task``, with ``value``; nothing where it is not parked any more."""
+        self._fire(task, _WAKE, value)
 
     def step(self) -> None:
         """Run the task whose turn it is, until it waits or ends. There must be one in ``ready``."""
@@ -206,14 +254,22 @@ class Scheduler:
         """Wake those whose time has come; returns the seconds to the next, or None."""
         while self._timers:
             when, _, task, turn = self._timers[0]
-            if task.turn != turn or task.state == _ENDED:
+            if turn == _DEADLINE:
+                if task.more().deadline != when or task.state == _ENDED:
+                    heapq.heappop(self._timers)
+                    continue
+            elif task.turn != turn or task.state == _ENDED:
                 heapq.heappop(self._timers)
                 continue
             left = when - self._clock()
             if left > 0:
                 return left
             heapq.heappop(self._timers)
-            self._fire(task, _TIMER)
+            if turn == _DEADLINE:
+                task.more().why = "the call has taken too long"
+                self.force(task)
+            else:
+                self._fire(task, _TIMER)
         return None
 
     # What follows are the table's actions and what they need.
@@ -235,9 +291,12 @@ class Scheduler:
         task.turn += 1
         self.ready.append(task)
 
-    def _deliver(self, task: Task, reply: RpcReply) -> None:
-        task.value = reply
+    def _deliver(self, task: Task, value: object) -> None:
+        task.value = value
         self._queue(task, None)
+
+    def _park(self, task: Task, _: Any) -> None:
+        pass  # until somebody wakes it
 
     def _withdraw(self, task: Task, _: Any) -> None:
         assert isinstance(task.wait, CallOut)
@@ -260,13 +319,20 @@ class Scheduler:
         self._emit_rpc(wait.rpc)
 
     def _set_timer(self, task: Task, seconds: float) -> None:
+        self._push_timer(self._clock() + seconds, task, task.turn)
+
+    def _set_deadline(self, task: Task, seconds: float) -> None:
+        task.more().deadline = self._clock() + seconds
+        self._push_timer(task.more().deadline, task, _DEADLINE)
+
+    def _push_timer(self, when: float, task: Task, turn: int) -> None:
         if len(self._timers) > self._prune_at:
             # Timers of waits that ended early would else stay, with their tasks, until their time comes.
-            self._timers = [entry for entry in self._timers if entry[2].turn == entry[3]]
+            self._timers = [entry for entry in self._timers if _counts(entry)]
             heapq.heapify(self._timers)
             self._prune_at = 2 * len(self._timers) + 256
         self._timer_number += 1
-        heapq.heappush(self._timers, (self._clock() + seconds, self._timer_number, task, task.turn))
+        heapq.heappush(self._timers, (when, self._timer_number, task, turn))
 
     def _drop_cancelled(self, task: Task, _: Any) -> None:
         self._drop(task, TeeError(Result.CANCEL, Origin.TEE, "cancelled before it began"))
@@ -302,9 +368,11 @@ class Scheduler:
         if not isinstance(wait, _WAITS):
             self._kill(task, f"awaits {type(wait).__name__}, which is nothing of its environment")
         elif task.forced and task.refusals > MAX_REFUSALS:
-            self._kill(task, "does not end although its context is closing")
+            self._kill(task, f"does not end although {task.more().why}")
         else:
             task.wait = wait
+            if self._longest is not None and not task.more().deadline and not task.forced:
+                self._set_deadline(task, self._longest)
             # Whoever is interrupted already does not begin to wait, but gives way once before it is told.
             refused = task.interrupted and not wait.shielded
             self._fire(task, CallEvent.YIELD if refused else wait.event, wait)
@@ -312,7 +380,7 @@ class Scheduler:
     def _refusal(self, task: Task) -> TeeError:
         task.refusals += 1
         if task.forced:
-            return TeeError(Result.CANCEL, Origin.TEE, "the client's context is closing")
+            return TeeError(Result.CANCEL, Origin.TEE, task.more().why)
         return TeeError(Result.CANCEL, Origin.TEE, "cancelled")
 
     def _kill(self, task: Task, why: str) -> None:
@@ -342,3 +410,41 @@ class Scheduler:
         task.state = _WAITING
         task.wait = task.value = None
         task.turn += 1
+
+
+class Lock:
+    """Lets one task at a time pass, in the order in which they came."""
+
+    __slots__ = ("_owner", "_queue", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._owner: Task | None = None
+        self._queue: deque[Task] = deque()
+
+    async def acquire(self, task: Task) -> None:
+        """Wait for the lock; raises CANCEL where ``task`` is interrupted before it has it."""
+        if self._owner is None:
+            self._owner = task
+            return
+        self._queue.append(task)
+        try:
+            await suspend(Park())
+        except BaseException:
+            if self._owner is task:
+                self.release()
+            else:
+                self._queue.remove(task)
+            raise
+
+    def release(self) -> None:
+        """Let the next one pass."""
+        self._owner = self._queue.popleft() if self._queue else None
+        if self._owner is not None:
+            self._scheduler.wake(self._owner, self)
+
+
+def _counts(timer: tuple[float, int, Task, int]) -> bool:
+    """``timer`` still wakes somebody."""
+    when, _, task, turn = timer
+    return task.more().deadline == when and task.state != _ENDED if turn == _DEADLINE else task.turn == turn

@@ -18,6 +18,7 @@ class CallState(IntEnum):
     SLEEPING = 3
     IN_RPC = 4  #: an RPC is out
     ENDED = 5
+    PARKED = 6  #: for another call to leave the instance that it wants to enter, or a lock
 
 
 class CallEvent(IntEnum):
@@ -33,6 +34,8 @@ class CallEvent(IntEnum):
     INTERRUPT = 7
     ABANDON = 8  #: its instance died before it could run
     RETURN = 9
+    PARK = 10
+    WAKE = 11
 
 
 CALL: dict[tuple[CallState, CallEvent], tuple[CallState, str]] = {
@@ -49,6 +52,9 @@ CALL: dict[tuple[CallState, CallEvent], tuple[CallState, str]] = {
     (CallState.IN_RPC, CallEvent.ANSWER): (CallState.READY, "deliver"),
     (CallState.IN_RPC, CallEvent.INTERRUPT): (CallState.READY, "withdraw"),
     (CallState.IN_RPC, CallEvent.TIMER): (CallState.READY, "withdraw_late"),
+    (CallState.RUNNING, CallEvent.PARK): (CallState.PARKED, "park"),
+    (CallState.PARKED, CallEvent.WAKE): (CallState.READY, "deliver"),
+    (CallState.PARKED, CallEvent.INTERRUPT): (CallState.READY, "queue"),
 }
 
 

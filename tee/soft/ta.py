@@ -19,32 +19,51 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntFlag
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 from uuid import UUID
 
-from tee.calls import Client
+from tee.calls import Client, Login
 from tee.memory import Memory
 from tee.params import Direction, Nothing, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
 from tee.soft.scheduler import CallOut, Sleep, Task, Yield, suspend
 
+if TYPE_CHECKING:
+    from tee.soft.storage import Storage
+
 __all__ = [
     "UUID",
     "Client",
+    "DataFlag",
     "Direction",
     "Environment",
+    "Login",
     "MemoryReference",
     "Nothing",
     "Origin",
     "Parameters",
     "Result",
+    "TaSession",
     "TeeError",
     "TrustedApplication",
     "Value",
     "bad_command",
 ]
+
+
+class DataFlag(IntFlag):
+    """How an object of the storage is opened (GlobalPlatform's numbers)."""
+
+    ACCESS_READ = 1
+    ACCESS_WRITE = 2
+    ACCESS_WRITE_META = 4  #: rename and delete; never shared
+    SHARE_READ = 0x10
+    SHARE_WRITE = 0x20
+    OVERWRITE = 0x400  #: ``create`` replaces an object of that name
 
 
 class MemoryReference:
@@ -63,6 +82,24 @@ class MemoryReference:
         self._size = size
         self._views: list[memoryview] | None = None
         self.capacity = 0 if memory is None else size  #: bytes that can be read or written here
+
+    @classmethod
+    def over(cls, direction: Direction, buffer: bytearray) -> MemoryReference:
+        """A reference to memory of the TA's own, to be given to another TA."""
+        return cls(direction, Memory.of(buffer), 0, len(buffer))
+
+    def passed_on(self, direction: Direction | None = None) -> MemoryReference:
+        """The same bytes for another TA, in another ``direction`` too. BAD_PARAMETERS where the TA itself has not the
+        right to them.
+        """
+        direction = self.direction if direction is None else direction
+        if direction & ~self.direction:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "an input cannot be passed on as an output, nor back")
+        return MemoryReference(direction, self._memory, self._offset, self.capacity if self._memory else self._size)
+
+    def told(self, size: int) -> None:
+        """What another TA says of its output: the bytes that it wrote, or that it would need (for the TEE)."""
+        self._size = size
 
     @property
     def null(self) -> bool:
@@ -127,7 +164,7 @@ class MemoryReference:
 
     def put(self, data: bytes | bytearray | memoryview) -> None:
         """Make ``data`` the whole output; SHORT_BUFFER with the size that is needed where it does not fit."""
-        if len(data) > self.capacity or self._memory is None:
+        if len(data) > self.capacity:
             self.need(len(data))
         self.write(data)
         self._size = len(data)
@@ -186,12 +223,76 @@ class Parameters(list[TaParam]):
         return param
 
 
+class Services(Protocol):
+    """What an environment needs of its TEE for calls from TA to TA."""
+
+    async def open_inner(self, env: Environment, uuid: UUID, params: Sequence[TaParam]) -> Any:
+        """Open a session with another TA."""
+
+    async def invoke_inner(self, env: Environment, session: Any, command: int, params: Sequence[TaParam]) -> None:
+        """Ask it for a command."""
+
+    async def close_inner(self, env: Environment, session: Any) -> None:
+        """Close the session."""
+
+
+class TaSession:
+    """A session that a TA has with another one. It ends with the instance that opened it, if not before."""
+
+    __slots__ = ("_env", "_services", "_session")
+
+    def __init__(self, env: Environment, services: Services, session: Any) -> None:
+        self._env = env
+        self._services = services
+        self._session = session
+
+    async def invoke(self, command: int, params: Sequence[TaParam] = ()) -> None:
+        """Ask for ``command`` and wait until it has ended; it runs in the current call, on its thread.
+
+        Values are copied there and back; memory, also a client's that the current call was given, is passed on in
+        place.
+
+        :raises TeeError: what the other TA ended with (origin TRUSTED_APP); TARGET_DEAD where it has panicked; BUSY
+            where it waits, directly or through others, for this very TA; CANCEL as :meth:`Environment.checkpoint`
+        """
+        await self._services.invoke_inner(self._env, self._session, command, params)
+
+    async def close(self) -> None:
+        """End the session. Never fails."""
+        await self._services.close_inner(self._env, self._session)
+
+    async def __aenter__(self) -> TaSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not GeneratorExit:  # whoever is ended from outside cannot wait; the TEE closes it
+            await self.close()
+
+
 class Environment:
     """What the TEE offers to one instance of a TA. Everything that waits is a coroutine and belongs to the current
     call.
+
+    ``storage`` keeps objects beyond the life of the instance (:class:`~tee.soft.storage.Storage`). ``properties`` are
+    the TA's: GlobalPlatform's ``gpd.ta.*`` and those that its class names.
     """
 
-    __slots__ = ("_clock", "_log", "_random", "_task", "uuid", "version")
+    __slots__ = (
+        "_clock",
+        "_floor",
+        "_log",
+        "_memory_left",
+        "_own_mask",
+        "_random",
+        "_services",
+        "_task",
+        "properties",
+        "storage",
+        "uuid",
+        "version",
+    )
 
     def __init__(
         self,
@@ -201,13 +302,22 @@ class Environment:
         clock: Callable[[], float],
         random: Callable[[int], bytes],
         log: Callable[[str], None],
+        services: Services,
+        properties: Mapping[str, str | int | bool],
+        memory: int,
     ) -> None:
         self.uuid = uuid
         self.version = version
+        self.properties = MappingProxyType(dict(properties))
+        self.storage: Storage
         self._clock = clock
         self._random = random
         self._log = log
+        self._services = services
+        self._memory_left = memory
         self._task: Task | None = None
+        self._floor = False  # a caller of this TA, itself a TA, has masked cancellation
+        self._own_mask = True  # what this TA has said itself, while there is a floor
 
     async def checkpoint(self) -> None:
         """Let others run. Raises CANCEL where the call was cancelled and cancellation is not masked."""
@@ -223,13 +333,35 @@ class Environment:
         :param timeout: seconds after which the RPC is withdrawn and COMMUNICATION raised
         :raises TeeError: CANCEL as :meth:`checkpoint` does; the RPC is then withdrawn
         """
-        task = self._current()
+        task = self.current()
         return await suspend(CallOut(Rpc(command, params, task.call), timeout=timeout))  # type: ignore[no-any-return]
+
+    async def open_session(self, uuid: UUID, params: Sequence[TaParam] = ()) -> TaSession:
+        """A session with another TA, which sees this one as its client: login TRUSTED_APP with this TA's UUID.
+
+        :raises TeeError: as :meth:`TaSession.invoke`, and what opening a session can end with: ITEM_NOT_FOUND, BUSY
+            where the TA is a single instance with a session already or calls this one, OUT_OF_MEMORY
+        """
+        return TaSession(self, self._services, await self._services.open_inner(self, uuid, params))
+
+    def allocate(self, size: int) -> bytearray:
+        """``size`` bytes, zeroed, of the ``data_size`` that the TA has declared; OUT_OF_MEMORY beyond it. What Python
+        needs for a TA's other objects is not counted.
+        """
+        if not 0 <= size <= self._memory_left:
+            raise TeeError(Result.OUT_OF_MEMORY, Origin.TEE, f"{size} bytes; {self._memory_left} are left")
+        self._memory_left -= size
+        return bytearray(size)
+
+    def free(self, buffer: bytearray) -> None:
+        """Give back what :meth:`allocate` gave: it is emptied."""
+        self._memory_left += len(buffer)
+        buffer.clear()
 
     @property
     def cancelled(self) -> bool:
         """The client asked the current call to end (False while cancellation is masked)."""
-        return self._current().interrupted
+        return self.current().interrupted
 
     def mask_cancellation(self) -> bool:
         """Let no cancel reach the current call; returns whether that was so. Each call starts masked."""
@@ -255,12 +387,28 @@ class Environment:
         """From here on ``task`` is the current call (for the TEE, not for TAs)."""
         self._task = task
 
+    def enter_from(self, task: Task, floor: bool) -> None:
+        """As :meth:`enter`, for a call from another TA, which lets no cancel through where ``floor`` (for the TEE)."""
+        self._task = task
+        self._floor = floor
+        self._own_mask = True
+        task.masked = True
+
+    def leave_from(self) -> None:
+        """The call from another TA has ended (for the TEE)."""
+        self._task = None
+        self._floor = False
+
     def _mask(self, masked: bool) -> bool:
-        task = self._current()
-        before, task.masked = task.masked, masked
+        task = self.current()
+        if self._floor:
+            before, self._own_mask = self._own_mask, masked
+        else:
+            before, task.masked = task.masked, masked
         return before
 
-    def _current(self) -> Task:
+    def current(self) -> Task:
+        """The current call (for the TEE)."""
         if self._task is None:
             raise RuntimeError("a TA can wait or ask for cancellation only inside a call")
         return self._task
@@ -279,6 +427,9 @@ class TrustedApplication:
     single_instance: ClassVar[bool] = False
     multi_session: ClassVar[bool] = False
     keep_alive: ClassVar[bool] = False
+    data_size: ClassVar[int] = 32 << 10  #: bytes that an instance can have of ``env.allocate``
+    description: ClassVar[str] = ""
+    properties: ClassVar[Mapping[str, str | int | bool]] = MappingProxyType({})  #: more of them, by name
 
     def __init__(self, env: Environment) -> None:
         self.env = env
@@ -304,3 +455,17 @@ class TrustedApplication:
 def bad_command(command: int) -> TeeError:
     """What a TA raises for a command that it does not have."""
     return TeeError(Result.NOT_SUPPORTED, Origin.TRUSTED_APP, f"no command {command}")
+
+
+def properties_of(ta: type[TrustedApplication], version: int) -> dict[str, str | int | bool]:
+    """The properties of a TA, by name: its own first, so that GlobalPlatform's cannot be replaced (for the TEE)."""
+    return {
+        **ta.properties,
+        "gpd.ta.appID": str(ta.uuid),
+        "gpd.ta.singleInstance": ta.single_instance,
+        "gpd.ta.multiSession": ta.single_instance and ta.multi_session,
+        "gpd.ta.instanceKeepAlive": ta.single_instance and ta.keep_alive,
+        "gpd.ta.dataSize": ta.data_size,
+        "gpd.ta.version": str(version),
+        "gpd.ta.description": ta.description,
+    }

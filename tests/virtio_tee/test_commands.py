@@ -81,7 +81,7 @@ def test_the_description_file_for_qemu() -> None:
 
 def test_options_in_the_documents_exist() -> None:
     known = {name for _, command in ALL for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
-    for document in (ROOT / "README.md", ROOT / "docs" / "qemu.md", ROOT / "docs" / "tas.md"):
+    for document in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("qemu", "tas", "operation"))):
         for line in re.findall(r"virtio-tee ((?:serve|demo|guest|ta|decode|supplicant)[^`\n]*)", document.read_text()):
             for option in re.findall(r"(?<!\S)--[a-z-]+", line):
                 assert option in known, f"{document.name}: {option}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
-from tee.io.supplicant import MAX_ALLOCATIONS, MAX_TA_SIZE, SERVICES, Supplicant
+from tee.io.supplicant import MAX_ALLOCATIONS, MAX_TA_SIZE, Supplicant
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
@@ -227,6 +228,26 @@ class TestSharedMemory:
         assert free(supplicant, Pool(), memory) == Result.SUCCESS
 
 
-@pytest.mark.parametrize("command", [*(set(RpcCommand) - set(SERVICES)), 8, 1000, -1])
+SERVED = {RpcCommand.LOAD_TA, RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE}
+
+
+@pytest.mark.parametrize("command", [*(set(RpcCommand) - SERVED), 8, 1000, -1])
 def test_everything_else_is_not_supported(pool: Pool, command: int) -> None:
     assert Supplicant().serve(Rpc(command, [Value(Direction.IN)]), pool).code == Result.NOT_SUPPORTED
+
+
+@pytest.mark.feature("Supplicant: RPMB, I2C and profiles are refused, and the log says what to do")
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(RpcCommand.FS, RpcCommand.SOCKET, RpcCommand.PLUGIN, RpcCommand.GPROF, RpcCommand.FTRACE, RpcCommand.RPMB),
+        *(RpcCommand.RPMB_PROBE_RESET, RpcCommand.RPMB_PROBE_NEXT, RpcCommand.RPMB_FRAMES, RpcCommand.I2C_TRANSFER),
+    ],
+)
+def test_what_is_refused_is_said_once(pool: Pool, command: RpcCommand) -> None:
+    logged: list[str] = []
+    supplicant = Supplicant(log=logged.append)
+    for _ in range(3):
+        assert supplicant.serve(Rpc(command, []), pool) == RpcReply(Result.NOT_SUPPORTED)
+    assert len(logged) == 1
+    assert re.match(f"{command.name} is refused: .+: (name|allow|register|build|use|drive) ", logged[0])

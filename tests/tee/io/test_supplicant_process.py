@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import struct
 import sys
@@ -10,19 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from tee.io import supplicant_process
-from tee.io.supplicant import Supplicant
-from tee.io.supplicant_process import Frame, ProtocolError, SupplicantProcess, WireParam, receive
+from tee.io.supplicant import Services, Supplicant
+from tee.io.supplicant_process import MAX_CONTENT, Frame, ProtocolError, SupplicantProcess, WireParam, receive
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Result
 from tee.rpc import Rpc, RpcCommand, RpcReply, ShmType
 from tests.tee.io.test_supplicant import NAME, Pool, memory_in, name
 
-LOAD, ALLOC, FREE = RpcCommand.LOAD_TA, RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE
+LOAD, ALLOC, FREE, FS = RpcCommand.LOAD_TA, RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE, RpcCommand.FS
+IN, OUT = Direction.IN, Direction.OUT
 
 
 def ask(process: SupplicantProcess, pool: Pool, command: int, *params: Param) -> RpcReply:
@@ -247,3 +250,93 @@ def test_params_that_are_not_memory_nor_values(tmp_path: Path) -> None:
     with child("s.sendall(p.Frame(f.id, 5, [p.WireParam()]).pack()); time.sleep(100)") as process:
         reply = ask(process, Pool(), RpcCommand.FTRACE, Nothing())
         assert (reply.code, reply.params) == (5, [Nothing()])
+
+
+PLUGIN_UUID = UUID("96bcf744-4f72-4866-bf1d-8634fd9c65e5")
+
+
+def test_files_sockets_and_plugins_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content crosses for memory of either kind: the test's own, and such as the TEE has allocated."""
+    (tmp_path / "reversing.py").write_text("def reverse(command, sub_command, data):\n    return data[::-1]\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    services = Services(
+        fs_folder=str(tmp_path / "files"),
+        fs_max_bytes=100,
+        fs_sync=False,
+        allow_sockets=("127.0.0.1:9",),
+        plugins=(f"{PLUGIN_UUID}=reversing:reverse",),
+    )
+    pool = Pool()
+    process = SupplicantProcess(services=services)
+    process.start()
+    try:
+        for memory in (memory_in(alloc(process, pool, 64)), Memory.of(bytearray(64))):
+            memory.write(8, b"/name\0")
+            made = ask(process, pool, FS, Value(IN, 1), MemRef(IN, memory, 8, 50), Value(OUT))
+            assert made.code == Result.SUCCESS
+            handle = made.params[2].a  # type: ignore[union-attr]
+            memory.write(0, b"content")
+            assert ask(process, pool, FS, Value(IN, 4, handle, 0), MemRef(IN, memory, 0, 7)).code == Result.SUCCESS
+            read = ask(process, pool, FS, Value(IN, 3, handle, 3), MemRef(OUT, memory, 20, 10))
+            assert read.params[1] == MemRef(OUT, memory, 20, 4)
+            assert memory.read(20, 5) == b"tent\0"
+            full = ask(process, pool, FS, Value(IN, 4, handle, 60), MemRef(IN, memory, 0, 64))
+            assert full.code == Result.STORAGE_NO_SPACE
+            words = [int.from_bytes(PLUGIN_UUID.bytes[i : i + 4], "little") for i in range(0, 16, 4)]
+            where = (Value(IN, 0, words[0], words[1]), Value(IN, words[2], words[3]), Value(Direction.INOUT))
+            called = ask(process, pool, RpcCommand.PLUGIN, *where, MemRef(Direction.INOUT, memory, 0, 7))
+            assert (called.code, memory.read(0, 7)) == (Result.SUCCESS, b"tnetnoc")
+            memory.write(0, b"127.0.0.2\0")
+            there = (Value(IN, 9, 0x66), MemRef(IN, memory, 0, 10), Value(OUT))
+            assert ask(process, pool, RpcCommand.SOCKET, Value(IN, 0), *there).code == Result.ACCESS_DENIED
+            memory.write(0, b"127.0.0.1\0")
+            assert ask(process, pool, RpcCommand.SOCKET, Value(IN, 0), *there).code == Result.SUCCESS
+        process.kill()
+        process.start()  # the folder is free again
+        assert ask(process, pool, FS, Value(IN, 2, handle)).code == Result.BAD_PARAMETERS
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        MemRef(Direction.OUT, Memory.of(bytearray(4)), 2, 4),
+        MemRef(Direction.OUT, Memory.of(bytearray(4)), 0, 1 << 63),
+        MemRef(Direction.OUT, Memory.of(bytearray(MAX_CONTENT + 1)), 0, MAX_CONTENT + 1),
+        MemRef(Direction.IN, Memory(size=9), 0, 9),
+    ],
+)
+def test_memory_that_no_frame_can_hold_does_not_end_it(tmp_path: Path, reference: MemRef) -> None:
+    process = SupplicantProcess([tmp_path])
+    process.start()
+    try:
+        before = process.pid
+        assert ask(process, Pool(), LOAD, name(), reference).code == Result.BAD_PARAMETERS
+        assert ask(process, Pool(), LOAD, name(), MemRef(OUT, None)).code == Result.ITEM_NOT_FOUND
+        assert process.pid == before
+    finally:
+        process.close()
+
+
+def test_services_cross_as_a_command_line() -> None:
+    services = Services(
+        ("/a", "b"), "/files", 5, 6, False, ("h:1", "[::1]:*"), (f"{PLUGIN_UUID}=os:getcwd",), installed_plugins=True
+    )
+    parser = argparse.ArgumentParser()
+    Services.add_to(parser)
+    assert Services.parsed(parser.parse_args(services.arguments())) == services
+    assert Services.parsed(parser.parse_args(Services().arguments())) == Services()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--allow-socket", "x"], "HOST:PORT"),
+        (["--plugin", "x=y:z"], "plug-in"),
+        (["--fs-folder", "/dev/null/x"], "cannot start"),
+    ],
+)
+def test_a_child_that_cannot_start_says_why(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert supplicant_process.main(["--fd", "0", *arguments]) == 1
+    assert why in capsys.readouterr().err

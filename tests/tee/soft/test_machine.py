@@ -42,7 +42,9 @@ PACKAGE = package.sign(SOURCE, LOADED, 1, KEYS.private)
 
 
 class Anything(TrustedApplication):
-    """Commands: 0 nothing, 1 sleeps, 2 sleeps unmasked, 3 an RPC, 4 panics, 5 fails, 6 yields, 7 ignores cancels."""
+    """Commands: 0 nothing, 1 sleeps, 2 sleeps unmasked, 3 an RPC, 4 panics, 5 fails, 6 yields, 7 ignores cancels, from
+    8 on calls another TA: 8 + 8 × which + its command.
+    """
 
     uuid = UUID(int=1)
     inside: dict[object, int] = {}  # noqa: RUF012
@@ -83,6 +85,13 @@ class Anything(TrustedApplication):
         elif command == 6:
             for _ in range(100):
                 await env.checkpoint()
+        elif command >= 8:
+            env.unmask_cancellation()
+            which, inner = divmod(command - 8, 8)
+            session = await env.open_session(TARGETS[which])
+            await session.invoke(inner)
+            if inner % 2:
+                await session.close()
         elif command == 7:
             for _ in range(5):
                 try:
@@ -113,6 +122,7 @@ class Kept(Many):
 
 
 TAS = (Anything, One, Many, Kept)
+TARGETS = (*(ta.uuid for ta in TAS), LOADED)
 
 
 class Machine(RuleBasedStateMachine):
@@ -145,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         target=calls,
         context=contexts,
         uuid=st.sampled_from([ta.uuid for ta in TAS] + [LOADED, UUID(int=99)]),
-        what=st.sampled_from([0, 0, 1, 2, 3, 4, 5]),
+        what=st.sampled_from([0, 0, 1, 2, 3, 4, 5, 25, 32]),
     )
     def open_session(self, context: object, uuid: UUID, what: int) -> Call:
         params: Any = [Value(Direction.IN, what)]
@@ -157,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         done = self.bench.ended(call)
         return done.value if done is not None and isinstance(call, OpenSession) and done.value else multiple()
 
-    @rule(target=calls, session=sessions, memory=st.none() | memories, command=st.integers(0, 7))
+    @rule(target=calls, session=sessions, memory=st.none() | memories, command=st.integers(0, 7) | st.integers(0, 47))
     def invoke(self, session: object, memory: Memory | None, command: int) -> Call:
         size = 8 if memory is not None else 0
         params: Any = [MemRef(Direction.INOUT, memory, 0, size)]
@@ -238,9 +248,15 @@ class Machine(RuleBasedStateMachine):
         ended = [event.call for event in bench.events if isinstance(event, Done)]
         assert len(ended) == len(self.started)
         assert set(ended) == set(self.started)
-        kept = bench.tee.usage()["instances"]
-        assert kept <= 1  # the one that is kept alive
-        assert bench.tee.usage() | {"instances": 0} == IDLE
+        kept = [instance for instance in bench.tee._instances if type(instance.ta) is Kept]
+        assert len(kept) <= 1  # and what it has opened goes on with it
+        reachable, count = list(kept), 0
+        for instance in reachable:
+            count += len(instance.opened.sessions)
+            reachable += {session.instance for session in instance.opened.sessions} - set(reachable)
+        assert set(reachable) == bench.tee._instances
+        assert bench.tee.usage() == IDLE | {"instances": len(reachable), "sessions": count}
+        assert all(not i.visits and not i.queue and i.owner is None for i in reachable)
         self.each_call_ends_at_most_once()
 
 
