@@ -761,7 +761,7 @@ class VirtioTeeDriver:
     def _die(self, why: str) -> None:
         if not self._dead:
             self._dead = why
-            log.warning("the device is not used any more: %s", why)
+            log.info("the device is not used any more: %s", why)
             self._abandon()
 
 
