@@ -12,11 +12,13 @@ import mmap
 import os
 import select
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from device.wire import DEVICE_ID
 from guest_driver.arena import Arena
+from guest_driver.transport import TransportError
 from pyvhost.io.fence import host_fences
 from pyvhost.vring.split_driver import SplitDriverQueue
 from tee.memory import Memory, Range
@@ -36,9 +38,10 @@ _ISR_CONFIG = 2
 _HUGE_PAGE = 2 << 20
 _MAP_HUGETLB, _MAP_LOCKED = 0x40000, 0x2000
 _PAGE = 4096
+_RESET_SECONDS = 10
 
 
-class PciError(Exception):
+class PciError(TransportError):
     """The device cannot be used; the text says what to do."""
 
 
@@ -56,11 +59,16 @@ def _hex(path: Path) -> int:
 
 
 def bind(path: Path) -> Path:
-    """Give the device to uio_pci_generic if it has no driver; its node in /dev. Raises PciError."""
+    """Give the device to uio_pci_generic, unless a real driver has it; its node in /dev. Raises PciError."""
     driver = path / "driver"
-    if driver.exists() and driver.resolve().name != UIO_DRIVER.name:
-        raise PciError(f"{path.name} is driven by {driver.resolve().name}: unbind it first")
-    if not driver.exists():
+    holder = driver.resolve().name if driver.exists() else ""
+    if holder == "virtio-pci" and not any(path.glob("virtio*/driver")):
+        # the transport driver claims every virtio device; behind it nobody drives this one
+        (driver / "unbind").write_text(path.name)
+        holder = ""
+    if holder and holder != UIO_DRIVER.name:
+        raise PciError(f"{path.name} is driven by {holder}: unbind it first, or use that driver")
+    if not holder:
         if not UIO_DRIVER.exists():
             raise PciError("the kernel module uio_pci_generic is not loaded: modprobe uio_pci_generic")
         (path / "driver_override").write_text(UIO_DRIVER.name)
@@ -192,8 +200,10 @@ class PciTransport:
 
     def _reset(self) -> None:
         self._common.write(_STATUS, 1, 0)
+        deadline = time.monotonic() + _RESET_SECONDS
         while self._common.read(_STATUS, 1):
-            pass
+            if time.monotonic() > deadline:
+                raise PciError(f"{self.path.name} has not done a reset within {_RESET_SECONDS} seconds")
 
     def _negotiate(self, wanted: int) -> int:
         offered = 0
@@ -256,8 +266,9 @@ class PciTransport:
 
     def acknowledge(self) -> bool:
         """See :class:`~guest_driver.transport.Transport`."""
-        if select.select([self._uio], [], [], 0)[0]:
-            os.read(self._uio, 4)
+        if not select.select([self._uio], [], [], 0)[0]:
+            return False
+        os.read(self._uio, 4)
         isr = self._isr.read(0, 1)  # reading lowers the line
         self._set_command()  # the kernel masked it
         return bool(isr & _ISR_CONFIG)
@@ -272,9 +283,11 @@ class PciTransport:
 
     def close(self) -> None:
         """See :class:`~guest_driver.transport.Transport`."""
-        self._reset()
-        os.close(self._uio)
-        os.close(self._config_fd)
+        try:
+            self._reset()
+        finally:
+            os.close(self._uio)
+            os.close(self._config_fd)
 
 
 class _HugePages:

@@ -15,6 +15,7 @@ from host_backend.router import Router
 from host_backend.slots import Leased
 from host_backend.trace import Trace
 from pyvhost.device import Device, Link
+from pyvhost.memory import GuestMemory
 from pyvhost.messages import Feature as RingFeature
 from pyvhost.vring.api import Chain, DeviceQueue
 from pyvhost.vring.packed import INITIAL_BASE
@@ -67,6 +68,7 @@ class TeeDevice(Device):
         """… and is still to be told that its state is gone."""
         self._completed = 0
         self._connected = False
+        self.memory_version = 0
         self.epoch = self._begin(0)
 
     # -- config space
@@ -121,10 +123,14 @@ class TeeDevice(Device):
 
     def connected(self, link: Link) -> None:
         self._connected = True
+        self.epoch.features = Feature(0)
         log.info("vm %s: a frontend has connected", self.vm)
 
     def negotiated(self, features: int) -> None:
         self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
+
+    def memory_changed(self, memory: GuestMemory) -> None:
+        self.memory_version += 1
 
     def queue_started(self, index: int, queue: DeviceQueue, resumed: bool) -> None:
         self._running.add(index)
@@ -268,13 +274,16 @@ class TeeDevice(Device):
                 if not queue.enable_notifications():
                     return False
                 continue
-            fits = chain.writable_bytes >= self.limits.event_buffer_size
+            fits = chain.writable_bytes >= self.limits.event_buffer_size and not chain.readable_bytes
             queue.push(chain.head, chain.write(data) if fits else 0)
             self.completed(Queue.EVENT)
             if fits:
                 return True
-            log.warning("vm %s: an event buffer of %d bytes is too small", self.vm, chain.writable_bytes)
+            log.warning("vm %s: an event buffer of %d bytes is not usable", self.vm, chain.writable_bytes)
         return False
+
+    def fail(self, why: str) -> None:
+        self.link.close(why)
 
     def views(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[memoryview], Leased]:
         lease = self.memory.lease(*ranges)

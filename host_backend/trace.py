@@ -22,7 +22,7 @@ class Trace:
         self._out = out
         self._out.write("[\n")
         self._vms: dict[str, int] = {}
-        self._open: dict[tuple[str, object], float] = {}
+        self._open: dict[tuple[str, str, int], float] = {}
 
     def close(self) -> None:
         """End the file."""
@@ -30,30 +30,35 @@ class Trace:
 
     def request(self, vm: str, kind: int, tag: int) -> None:
         """A request has come from a guest."""
-        self._open[vm, tag] = _now()
+        self._begin(vm, "requests", Request(kind).name, tag)
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
         """A request was answered."""
-        what = {"from": "guest", "to": "device", "tag": tag, "status": Status(status).name, "ret": describe(ret)}
-        self._slice(vm, "requests", Request(kind).name, self._open.pop((vm, tag), None), what)
+        what = {"from": "guest", "to": "device", "status": Status(status).name, "ret": describe(ret)}
+        self._end(vm, "requests", Request(kind).name, tag, what)
 
     def rpc(self, vm: str, rpc: object, command: int, route: str) -> None:
-        """The TEE has made an RPC."""
-        self._open[vm, rpc] = _now()
+        """The TEE has made an RPC, which goes to ``route``."""
+        self._begin(vm, "RPCs", describe_command(command), id(rpc), {"route": route})
 
     def rpc_ended(self, vm: str, rpc: object, command: int, answered_by: str, code: int) -> None:
         """An RPC was answered, by the guest or for it, or withdrawn."""
         what = {"from": "tee", "to": "guest", "answered_by": answered_by, "ret": describe(code)}
-        self._slice(vm, "RPCs", describe_command(command), self._open.pop((vm, rpc), None), what)
+        self._end(vm, "RPCs", describe_command(command), id(rpc), what)
 
     def mark(self, vm: str, what: str, **details: Any) -> None:
         """Something happened that has no length: an epoch ended, a frontend came."""
         self._write(vm, {"name": what, "ph": "i", "s": "p", "ts": _now(), "cat": "life", "args": details})
 
-    def _slice(self, vm: str, lane: str, name: str, start: float | None, args: dict[str, Any]) -> None:
+    def _begin(self, vm: str, lane: str, name: str, key: int, args: dict[str, Any] | None = None) -> None:
+        now = self._open[vm, lane, key] = _now()
+        event = {"name": name, "ph": "b", "cat": lane, "id": key, "ts": now, "args": args or {}}
+        self._write(vm, event)
+
+    def _end(self, vm: str, lane: str, name: str, key: int, args: dict[str, Any]) -> None:
         now = _now()
-        start = now if start is None else start
-        self._write(vm, {"name": name, "ph": "X", "ts": start, "dur": now - start, "cat": lane, "args": args})
+        args["took_us"] = round(now - self._open.pop((vm, lane, key), now), 3)
+        self._write(vm, {"name": name, "ph": "e", "cat": lane, "id": key, "ts": now, "args": args})
 
     def _write(self, vm: str, event: dict[str, Any]) -> None:
         pid = self._vms.get(vm)

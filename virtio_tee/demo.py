@@ -68,8 +68,8 @@ class Outcome:
         return "ok" if not self.why else "failed"
 
     def lane(self, name: str) -> list[dict[str, Any]]:
-        """The backend's records of one kind."""
-        return [event for event in self.trace if event.get("cat") == name]
+        """The backend's records of what has ended, of one kind."""
+        return [event for event in self.trace if event.get("cat") == name and event["ph"] == "e"]
 
     def as_json(self) -> dict[str, Any]:
         """The contract of ``demo --json``. The backend counts requests and RPCs, where they arrive and leave."""
@@ -78,7 +78,7 @@ class Outcome:
                 "command": event["name"],
                 "answered_by": event["args"]["answered_by"],
                 "result": event["args"]["ret"],
-                "took_us": round(event["dur"], 1),
+                "took_us": event["args"]["took_us"],
             }
             for event in self.lane("RPCs")
         ]
@@ -223,8 +223,12 @@ def _rows(outcome: Outcome) -> list[tuple[float, str, str, str, float | None]]:
         rows.append((step["start"], "client", "", f"── {step['name']} {step['detail']}{mark}", step["took_s"]))
     for event in outcome.lane("requests"):
         what = f"{event['name']} → {event['args']['ret']}"
-        rows.append((event["ts"] / 1e6, "guest", "device", what, event["dur"] / 1e6))
+        rows.append((_start(event), "guest", "device", what, event["args"]["took_us"] / 1e6))
     for event in outcome.lane("RPCs"):
         what = f"RPC {event['name']} → {event['args']['ret']}"
-        rows.append((event["ts"] / 1e6, "TEE", "supplicant", what, event["dur"] / 1e6))
+        rows.append((_start(event), "TEE", "supplicant", what, event["args"]["took_us"] / 1e6))
     return rows
+
+
+def _start(event: dict[str, Any]) -> float:
+    return float(event["ts"] - event["args"]["took_us"]) / 1e6

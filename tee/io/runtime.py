@@ -33,6 +33,9 @@ CLOSE_TIMEOUT = 5.0
 #: How long a call that Ctrl-C interrupts is waited for after it was cancelled, in seconds.
 INTERRUPT_GRACE = 2.0
 
+_LOST = frozenset({Result.TARGET_DEAD, Result.COMMUNICATION})
+"""What a call in a context gets that the TEE, or the way to it, has lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -420,6 +423,7 @@ class _SupplicantMemory(Allocator):
     def __init__(self, runtime: TeeRuntime) -> None:
         self._runtime = runtime
         self._context: object = None
+        self._contexts: dict[Memory, object] = {}
 
     def context(self) -> object:
         if self._context is None:
@@ -428,13 +432,25 @@ class _SupplicantMemory(Allocator):
 
     def allocate(self, size: int) -> Memory:
         try:
-            return self._runtime.allocate_registered(self.context(), size)
+            try:
+                return self._registered(size)
+            except TeeError as error:
+                if error.code not in _LOST:
+                    raise
+                self._context = None  # the TEE has lost its state since: the next life wants a context of its own
+                return self._registered(size)
         except RuntimeError:  # closed meanwhile
             raise MemoryError from None
 
+    def _registered(self, size: int) -> Memory:
+        context = self.context()
+        memory = self._runtime.allocate_registered(context, size)
+        self._contexts[memory] = context
+        return memory
+
     def free(self, memory: Memory) -> None:
         try:
-            self._runtime.release_registered(self._context, memory)
+            self._runtime.release_registered(self._contexts.pop(memory), memory)
         except RuntimeError:  # closed: the memory has gone with its context
             return
 

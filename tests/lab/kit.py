@@ -53,11 +53,15 @@ class Backend:
         lines = (line.strip().rstrip(",") for line in self.trace_file.read_text().splitlines())
         return [json.loads(line) for line in lines if line.startswith("{")]
 
-    def wait_for(self, name: str, count: int, timeout: float = 30) -> list[dict[str, Any]]:
-        """Events of this name, once there are ``count``."""
+    def ended(self, name: str) -> list[dict[str, Any]]:
+        """Requests or RPCs of this name that have ended."""
+        return [event for event in self.trace() if event["name"] == name and event["ph"] == "e"]
+
+    def wait_for(self, name: str, count: int, timeout: float = 30, phase: str = "i") -> list[dict[str, Any]]:
+        """Events of this name, once there are ``count``; ``phase``: "i" marks, "b" begun, "e" ended."""
         end = time.monotonic() + timeout
         while True:
-            found = [event for event in self.trace() if event["name"] == name]
+            found = [event for event in self.trace() if event["name"] == name and event["ph"] == phase]
             if len(found) >= count:
                 return found
             assert time.monotonic() < end, f"{len(found)} of {count} {name!r} in the trace"

@@ -36,11 +36,11 @@ def test_the_device_is_found_and_tells_what_it_is(guest: Guest) -> None:
 
 @pytest.mark.feature("TEE calls: TAs are loaded from the guest's supplicant over RPC")
 def test_the_main_job(guest: Guest, backend: Backend) -> None:
-    before = len([e for e in backend.trace() if e["name"] == "LOAD_TA"])
+    before = len(backend.ended("LOAD_TA"))
     report = json.loads(guest.run(["virtio-tee", "guest", "demo", "--json"], timeout=120).stdout)
     assert report["ok"], report["why"]
     assert len(report["steps"]) >= 9
-    loads = [e for e in backend.trace() if e["name"] == "LOAD_TA"][before:]
+    loads = backend.ended("LOAD_TA")[before:]
     assert len(loads) == 6  # twice for each of three TAs
     assert {e["args"]["answered_by"] for e in loads} == {"guest"}
 
@@ -106,29 +106,37 @@ def test_a_reboot_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> Non
 
 
 @pytest.mark.feature("Faults: a paused guest goes on where it was")
-def test_a_pause_in_the_middle_of_a_call(guest: Guest) -> None:
+def test_a_pause_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> None:
     """The call ends while the guest is paused; its answer comes when it goes on."""
-    waiting = guest.spawn([*INVOKE[:3], str(UUIDS["probe"]), "4", "in:1500", "--json"])
-    before = len(backend.wait_for("rings run", 1))
-    end = time.monotonic() + 30
-    while not any(e["name"] == "waiting" for e in backend.trace()[-3:]) and time.monotonic() < end:
-        time.sleep(0.1)
+    begun, ended, started = (len(backend.wait_for(n, 0, phase=p)) for n, p in _INVOKES)
+    waiting = guest.spawn([*INVOKE[:3], str(UUIDS["probe"]), "4", "in:2000", "--json"])
+    backend.wait_for("INVOKE", begun + 1, phase="b")
     guest.pause()
-    time.sleep(3)
+    assert len(backend.ended("INVOKE")) == ended
+    backend.wait_for("INVOKE", ended + 1, phase="e")
     guest.resume()
-    backend.wait_for("rings run", before + 1)
     assert waiting.wait(60) == 0
+    assert len(backend.wait_for("rings run", started)) > started
 
 
-@pytest.mark.feature("Faults: a killed backend is started again under a running guest")
+_INVOKES = (("INVOKE", "b"), ("INVOKE", "e"), ("rings run", "i"))
+
+
+@pytest.mark.feature("Faults: a killed backend is started again under a running guest driver")
 def test_the_backend_is_killed_and_started_again() -> None:
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
         backend = Backend(Path(folder))
         backend.start()
         with Guest(GuestConfig(sockets=[backend.socket])) as guest:
             furnish(guest, backend)
-            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+            running = guest.spawn(["python3", "/root/restarted_backend.py"])
+            running.wait_for("waiting")
             backend.stop(signal.SIGKILL)
             backend.start()
-            assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
+            assert running.wait(60) == 0, running.stderr
+            seen = json.loads(running.stdout.splitlines()[-1])
+            assert seen["in flight"] in ("COMMUNICATION", "TARGET_DEAD")
+            assert seen["old session"] in ("COMMUNICATION", "TARGET_DEAD")
+            assert seen["epochs differ"]
+            assert seen["fresh session"] == 2
         assert backend.stop() == 0

@@ -411,3 +411,26 @@ def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end
+
+
+class Forgetful(SoftTee):
+    """Loses a context that was opened before, as a device does whose backend was started again."""
+
+    def lose(self) -> None:
+        self.lost = set(self._contexts)
+
+    def start(self, call: Call) -> None:
+        if isinstance(call, RegisterMemory) and call.context in getattr(self, "lost", ()):
+            self._outbox.append(Done(call, Result.TARGET_DEAD, Origin.COMMS))
+        else:
+            super().start(call)
+
+
+def test_the_supplicants_memory_after_the_tee_has_lost_its_state(tmp_path: Path) -> None:
+    keys = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+    (tmp_path / f"{HELLO}.ta").write_bytes(package.sign(examples.source("hello_world"), HELLO, 0, keys.private))
+    tee = Forgetful(clock=time.monotonic, random=secrets.token_bytes, keys=[keys.public])
+    with TeeRuntime(tee, Supplicant([tmp_path])) as runtime:
+        session(runtime, HELLO)
+        tee.lose()
+        session(runtime, HELLO)

@@ -1,0 +1,87 @@
+"""Every command explains itself; wrong usage ends with 2; what README promises exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from virtio_tee.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def walk(command: click.Command, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], click.Command]]:
+    found = [(path, command)]
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            found += walk(below, (*path, name))
+    return found
+
+
+ALL = walk(main, ())
+
+
+@pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) or "virtio-tee" for path, _ in ALL])
+def test_help_teaches(path: tuple[str, ...], command: click.Command) -> None:
+    shown = CliRunner().invoke(main, [*path, "--help"])
+    assert shown.exit_code == 0
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            assert parameter.opts[-1] in shown.output
+
+
+def test_there_is_no_help_without_words() -> None:
+    silent = [
+        f"{' '.join(path)} {parameter.name}"
+        for path, command in ALL
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        and not parameter.help
+        and parameter.name not in ("algorithm", "ta_version")
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_option_is_wrong_usage(name: str) -> None:
+    assert CliRunner().invoke(main, [name, "--no-such-option"]).exit_code == 2
+
+
+def test_serve_prints_its_capabilities_whatever_else_is_said() -> None:
+    shown = CliRunner().invoke(main, ["serve", "--socket-path", "/nowhere/x", "--print-capabilities"])
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["type"] == "tee"
+
+
+def test_serve_wants_something_to_serve() -> None:
+    shown = CliRunner().invoke(main, ["serve"])
+    assert shown.exit_code == 2
+    assert "socket" in shown.stderr
+
+
+def test_the_description_file_for_qemu() -> None:
+    """QEMU's docs/interop/vhost-user.json: description, type and binary are needed, names start with two digits."""
+    (path,) = (ROOT / "docs" / "vhost-user").glob("*.json")
+    assert re.match(r"\d\d-", path.name)
+    facts = json.loads(path.read_text())
+    assert facts["type"] == "tee"
+    assert facts["binary"].endswith("/vhost-user-tee")
+    assert facts["description"]
+    assert "vhost-user-tee = virtio_tee.serve:serve" in (ROOT / "setup.cfg").read_text()
+
+
+def test_options_in_the_documents_exist() -> None:
+    known = {name for _, command in ALL for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for document in (ROOT / "README.md", ROOT / "docs" / "qemu.md", ROOT / "docs" / "tas.md"):
+        for line in re.findall(r"virtio-tee ((?:serve|demo|guest|ta|decode|supplicant)[^`\n]*)", document.read_text()):
+            for option in re.findall(r"(?<!\S)--[a-z-]+", line):
+                assert option in known, f"{document.name}: {option}"

@@ -1,0 +1,75 @@
+"""The demo: two real processes; what it prints is a contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tee.soft.examples import UUIDS
+
+
+def demo(*arguments: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "virtio_tee", "demo", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.feature("Commands: `virtio-tee demo`, the main job as two processes")
+def test_the_main_job() -> None:
+    code, seen = demo()
+    assert code == 0
+    assert (seen["result"], seen["path"], seen["tee"]) == ("ok", "virtio", "soft")
+    assert seen["ta_loaded_over_rpc"] is True
+    commands = [rpc["command"] for rpc in seen["rpcs"]]
+    # three TAs, each asked for twice (size, data), with memory for it
+    assert commands.count("LOAD_TA") == 6
+    assert commands.count("SHM_ALLOC") == commands.count("SHM_FREE") == 3
+    assert {rpc["answered_by"] for rpc in seen["rpcs"]} == {"guest"}
+    assert seen["requests"] >= 15
+    assert seen["elapsed_s"] > 0
+
+
+def test_a_ta_that_is_not_there(tmp_path: Path) -> None:
+    code, seen = demo("--without-ta", "random")
+    assert code == 1
+    assert seen["result"] == "failed"
+    assert "random" in seen["why"]
+    assert "ITEM_NOT_FOUND" in seen["why"]
+
+
+def test_a_ta_removed_by_hand(tmp_path: Path) -> None:
+    assert demo("--folder", str(tmp_path))[0] == 0
+    (tmp_path / "guest" / "optee_armtz" / f"{UUIDS['hello_world']}.ta").unlink()
+    code, seen = demo("--folder", str(tmp_path))
+    assert code == 1
+    assert seen["ta_loaded_over_rpc"] is False
+    assert "hello_world" in seen["why"]
+
+
+def test_a_ta_of_another_vendor(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert demo("--folder", str(one))[0] == 0
+    assert demo("--folder", str(two))[0] == 0
+    name = f"guest/optee_armtz/{UUIDS['hello_world']}.ta"
+    (one / name).write_bytes((two / name).read_bytes())
+    code, seen = demo("--folder", str(one))
+    assert code == 1
+    assert "SECURITY" in seen["why"]
+
+
+def test_the_timeline_is_readable() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "virtio_tee", "demo"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    for words in ("who sent what to whom", "RPC LOAD_TA", "supplicant", "result: ok"):
+        assert words in shown
