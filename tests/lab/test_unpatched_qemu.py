@@ -70,9 +70,9 @@ def booted(
     arguments = [
         *("-chardev", f"socket,id=rng,path={rng.socket}", "-device", f"vhost-user-rng-pci,chardev=rng{more}"),
         *("-chardev", f"socket,id=blk,path={block.socket},reconnect=1"),
-        *("-device", f"vhost-user-blk-pci,chardev=blk,num-queues=1,queue-size=256{more}"),
+        *("-device", f"vhost-user-blk-pci,chardev=blk,num-queues=1,queue-size=1024{more}"),
     ]
-    config = GuestConfig(uio=False, hugepages=0, extra_args=arguments)
+    config = GuestConfig(uio=False, hugepages=0, extra_args=arguments, boot_timeout=30)
     image = ensure_image(modules=(*MODULES, "virtio_blk"))
     with ExitStack() as stack:
         for example in (rng, block):

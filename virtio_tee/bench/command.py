@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from virtio_tee.bench.peers import Backend, BenchError, DirectTee
 from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, MODES, PEER, TEE, Case, Figures, Results, as_runs, cases
 
 DIRECT_SIZES = (4 * KIB, 16 * MIB)
+BUSY = 0.7
+"""A load average that something else than the bench makes."""
 
 
 @click.command()
@@ -44,6 +47,9 @@ def bench(check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -
         peers.require_tools()
         peers.require_cpus()
         there = peers.queues()
+        busy = os.getloadavg()[0]
+        if busy > BUSY:
+            _say(f"this machine is busy (load {busy:.1f}): the figures will say little")
         wanted = there if queue == "all" else [queue]
         if queue not in ("all", *there):
             raise BenchError(f"the {queue} queue is not there; there is: {', '.join(there)}")
@@ -93,7 +99,12 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
         idle_mb=idle,
     )
     return {
-        "machine": {"arch": platform.machine(), "kernel": platform.release(), "python": platform.python_version()},
+        "machine": {
+            "arch": platform.machine(),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "load": os.getloadavg()[0],
+        },
         "rounds": rounds,
         "runs": as_runs(results),
         "ratios": [goal.judge(results, queue) for queue in queues for goal in GOALS],

@@ -3,8 +3,10 @@ that tries to hold the data plane up."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -61,10 +63,12 @@ def test_killed_again_and_again_under_load(tmp_path: Path) -> None:
     def start(number: int) -> tuple[Popen[bytes], str]:
         path = str(tmp_path / f"b{number}.sock")
         process = Popen([sys.executable, "-c", BACKEND, path], stderr=DEVNULL)
-        while not os.path.exists(path):
+        while True:  # the path is there a moment before anybody listens
             assert process.poll() is None
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+                probe.connect(path)
+                return process, path
             time.sleep(0.01)
-        return process, path
 
     process, path = start(0)
     vmm = connect(path)
