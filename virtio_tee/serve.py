@@ -72,6 +72,11 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     metavar="FILE",
     help="Public key (PEM) of a TA signer. Who holds its private key runs code in this process.",
 )
+@click.option(
+    "--built-in-tas",
+    is_flag=True,
+    help="Have the example TAs without loading them; for tests and benchmarks: a guest can panic and stall them.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=4, show_default=True, help="Threads of the soft TEE.")
 @click.option("--request-queues", type=click.IntRange(1, 64), default=1, show_default=True, help="Request queues.")
 @click.option("--require-sealed", is_flag=True, help="Refuse guest memory that could shrink (and so kill the process).")
@@ -94,6 +99,7 @@ def serve(
     vms: tuple[str, ...],
     kind: str,
     keys: tuple[Path, ...],
+    built_in_tas: bool,
     threads: int,
     request_queues: int,
     require_sealed: bool,
@@ -132,7 +138,7 @@ def serve(
         raise click.UsageError(str(e)) from None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        trio.run(lambda: run(_soft(keys, threads), config, trace=recorder, ready=_ready))
+        trio.run(lambda: run(_soft(keys, threads, built_in_tas), config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
             click.echo(f"virtio-tee serve: {error}", err=True)
@@ -143,17 +149,23 @@ def _ready() -> None:
     click.echo("virtio-tee: ready", err=True)
 
 
-def _soft(keys: tuple[Path, ...], threads: int) -> TeeDriver:
+def _soft(keys: tuple[Path, ...], threads: int, built_in_tas: bool = False) -> TeeDriver:
     import logging
     import secrets
     import time
 
     from tee.soft.driver import SoftTee
 
+    built_in = None
+    if built_in_tas:
+        from tee.soft import examples
+
+        built_in = examples.built_in()
     return SoftTee(
         clock=time.monotonic,
         random=secrets.token_bytes,
         keys=[key.read_bytes() for key in keys],
+        built_in=built_in,
         threads=threads,
         log=logging.getLogger("tee.soft").warning,
     )

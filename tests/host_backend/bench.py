@@ -100,11 +100,13 @@ class FakeQueue:
 
     size = 256
     broken = None
+    next_base = 0
 
     def __init__(self, heads: Callable[[], int]) -> None:
         self._heads = heads
         self.available: deque[tuple[int, Any]] = deque()
         self.held: dict[int, Any] = {}
+        self.recovered: deque[Chain] = deque()
         self.stopped = False
         self.returned: list[Any] = []
         self.signals = 0
@@ -158,8 +160,6 @@ class FakeQueue:
     @property
     def in_flight(self) -> int:
         return len(self.held)
-
-    next_base = 0
 
     def stop(self) -> int:
         self.stopped = True
