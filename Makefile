@@ -19,7 +19,7 @@ help:
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
 # Sets up a virtual environment in this folder; PYTHON may name another interpreter, of version 3.11 or newer.
-$(READY): setup.cfg pyproject.toml
+$(READY): setup.cfg pyproject.toml setup.py pyvhost/vring/_fastqueue.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -m lab.hostdeps --for base

@@ -19,6 +19,8 @@ INLINE_ALIGN = 8
 
 VALUE_TYPES = {1: Direction.IN, 2: Direction.OUT, 3: Direction.INOUT}
 MEMREF_TYPES = {5: Direction.IN, 6: Direction.OUT, 7: Direction.INOUT}
+_VALUE_OUTPUTS = frozenset({ParamType.VALUE_OUT, ParamType.VALUE_INOUT})
+_MEMREF_OUTPUTS = frozenset({ParamType.MEMREF_OUT, ParamType.MEMREF_INOUT})
 _KNOWN_BITS = PARAM_TYPE_MASK | PARAM_META | PARAM_INLINE
 
 
@@ -84,32 +86,51 @@ def check_raw(params: Sequence[RawParam], *, inline: bool) -> tuple[int, int]:
 def results(given: Sequence[RawParam], params: Sequence[Param], code: int) -> list[RawParam]:
     """The parameters of a response: those of the request with the outputs of ``params`` in them.
 
-    Only SHORT_BUFFER may tell a size beyond the request's.
+    Only SHORT_BUFFER may tell a size beyond the request's. META parameters go back as they came.
     """
     out: list[RawParam] = []
     for raw, param in zip(given, params, strict=True):
-        if isinstance(param, Value) and param.direction.is_output:
+        if raw[0] & PARAM_META:
+            out.append(raw)
+        elif isinstance(param, Value) and param.direction.is_output:
             out.append((raw[0], param.a, param.b, param.c))
         elif isinstance(param, MemRef) and param.direction.is_output:
-            size = param.size if code == Result.SHORT_BUFFER or param.memory is None else min(param.size, raw[2])
+            size = param.size if code == Result.SHORT_BUFFER else min(param.size, raw[2])
             out.append((raw[0], raw[1], size, raw[3]))
         else:
             out.append(raw)
     return out
 
 
-def take_results(sent: Sequence[RawParam], got: Sequence[RawParam], params: Sequence[Param]) -> None:
+def take_results(sent: Sequence[RawParam], got: Sequence[RawParam], params: Sequence[Param], code: int) -> None:
     """On the driver's side: put a response's outputs into the call's ``params``.
 
-    Raises ProtocolError where the device changed what it may not.
+    Raises ProtocolError where the device changed what it may not; then nothing was put anywhere.
     """
-    for before, after, param in zip(sent, got, params, strict=True):
-        if after[0] != before[0]:
-            raise ProtocolError("the device changed a parameter's attribute")
+    for before, after in zip(sent, got, strict=True):
+        _check_result(before, after, code)
+    for after, param in zip(got, params, strict=True):
+        if param.meta:
+            continue
         if isinstance(param, Value) and param.direction.is_output:
             _, param.a, param.b, param.c = after
         elif isinstance(param, MemRef) and param.direction.is_output:
             param.size = after[2]
+
+
+def _check_result(before: RawParam, after: RawParam, code: int) -> None:
+    """Of a value the device may change all words of an output, of a memory reference the size of one."""
+    if after == before:
+        return
+    kind = before[0] & PARAM_TYPE_MASK
+    if after[0] == before[0] and not before[0] & PARAM_META:
+        if kind in _VALUE_OUTPUTS:
+            return
+        if kind in _MEMREF_OUTPUTS and (after[1], after[3]) == (before[1], before[3]):
+            if after[2] <= before[2] or code == Result.SHORT_BUFFER:
+                return
+            raise ProtocolError("the device says that more was written than there is room for")
+    raise ProtocolError("the device changed what it may not in a parameter")
 
 
 def attribute(param: Param) -> int:

@@ -299,17 +299,24 @@ def _marked(tree: ast.Module | ast.ClassDef, node: str) -> Iterator[Marked]:
 
 
 def _markers(expression: ast.expr, node: str) -> Iterator[Marked]:
-    if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute)):
-        return
-    owner = expression.func.value
-    if not (isinstance(owner, ast.Attribute) and owner.attr == "mark"):
+    marker = _marker_name(expression.func) if isinstance(expression, ast.Call) else ""
+    if not isinstance(expression, ast.Call) or not marker:
         return
     arguments = tuple(
         argument.value
         for argument in expression.args
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
     )
-    yield Marked(node, expression.func.attr, arguments)
+    yield Marked(node, marker, arguments)
+
+
+def _marker_name(function: ast.expr) -> str:
+    """Of ``pytest.mark.NAME``, or of the short names that modules give themselves: ``requirement = pytest.mark…``."""
+    if isinstance(function, ast.Name):
+        return function.id if function.id in ("requirement", "feature") else ""
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Attribute):
+        return function.attr if function.value.attr == "mark" else ""
+    return ""
 
 
 def _proof(nodes: list[str], prefix: str, most: int = 3) -> str:

@@ -7,18 +7,20 @@ device that breaks the rules ends all calls with COMMUNICATION.
 from __future__ import annotations
 
 import logging
+import struct
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from device.config import Config
-from device.messages import CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUESTS, RESPONSE_HEADER
+from device.messages import CALLS, CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUESTS, RESPONSE_HEADER
 from device.params import (
     MEMREF_TYPES,
     VALUE_TYPES,
     RawParam,
     attribute,
+    check_raw,
     pack_raw,
     padded,
     take_results,
@@ -39,8 +41,9 @@ from device.wire import (
     Status,
 )
 from guest_driver.buffers import Buffer, Buffers
-from guest_driver.transport import Transport
+from guest_driver.transport import Transport, TransportError
 from pyvhost.errors import FormatError, ProtocolError, QueueFull
+from pyvhost.vring.api import DriverQueue
 from tee.calls import (
     Call,
     CloseContext,
@@ -55,7 +58,7 @@ from tee.driver import Done, RpcWithdrawn, Sink, TeeInfo
 from tee.memory import Memory
 from tee.params import MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
-from tee.rpc import Rpc, RpcReply
+from tee.rpc import Rpc, RpcCommand, RpcReply
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ DRIVER_FEATURES = Feature.INLINE | Feature.RPC
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
 _STATUS_OK = bytes(4)
+_RESERVED = 16
+"""Descriptors of a request queue that calls leave free, so that an RPC's answer can register memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,22 +105,18 @@ class _InFlight:
     room: int
     call: Call | None = None
     context: GuestContext | None = None
+    session: GuestSession | None = None
     tag: int = 0
     raw: list[RawParam] = field(default_factory=list)
     answers: Rpc | None = None
     """The RPC that an RPC_REPLY is for."""
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    """A request that is ready to go, with its queue."""
-
-    queue: int
-    flight: _InFlight
-
-
 class VirtioTeeDriver:
-    """Drives the device behind ``transport``. Raises FormatError if it is not a virtio-tee device that we know."""
+    """Drives the device behind ``transport``.
+
+    Raises FormatError if it is not a virtio-tee device that we know, TransportError if it has gone already.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -128,18 +129,30 @@ class VirtioTeeDriver:
         if self._request_queues < 1:
             raise FormatError(f"a device with {len(transport.queues)} queues is too small")
         self._ready: deque[Done | Rpc | RpcWithdrawn] = deque()
-        self._waiting: deque[_Outgoing] = deque()
+        self._controls: deque[_InFlight] = deque()
+        """Requests that wait for room in the control queue."""
+        self._others: deque[_InFlight] = deque()
+        """Those that wait for room in a request queue, but calls: they go first, an RPC's answer may depend on them."""
+        self._calls: deque[_InFlight] = deque()
+        """Calls that wait, also because the device has as many as it takes."""
+        self._running: set[_InFlight] = set()
+        """Calls that the device has."""
         self._in_flight: dict[int, _InFlight] = {}
         """By tag, requests that somebody waits for."""
         self._by_call: dict[Call, _InFlight] = {}
         self._rpcs: dict[int, Rpc] = {}
         self._rpc_ids: dict[Rpc, int] = {}
+        self._owed = 0
+        """Answers to RPCs and acknowledgements that the device has not returned."""
+        self._lent: dict[Memory, Rpc] = {}
+        """Memory that was the answer to a SHM_ALLOC and was not freed by a SHM_FREE."""
         self._regions: dict[int, Memory] = {}
         self._next_tag = 1
         self._next_queue = 0
         self._dead = ""
-        for _ in range(self.config.limits.num_event_buffers):
-            self._post_event_buffer(self._buffers.take(self.config.limits.event_buffer_size))
+        self._closed = False
+        self._event_size = self.config.limits.event_buffer_size
+        self._post_event_buffers()
         transport.kick(Queue.EVENT)
 
     # -- the contract
@@ -171,24 +184,26 @@ class VirtioTeeDriver:
             self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS))
             return
         try:
-            self._STARTERS[type(call)](self, call)
+            starter = self._STARTERS.get(type(call))
+            if starter is None:
+                raise _RefusedError(Result.NOT_SUPPORTED)
+            starter(self, call)
         except _RefusedError as e:
             self._ready.append(Done(call, e.code, Origin.API))
         except MemoryError:
             self._ready.append(Done(call, Result.OUT_OF_MEMORY, Origin.API))
+        except (ValueError, TypeError, AttributeError, struct.error) as e:
+            log.debug("%s cannot be sent: %s", type(call).__name__, e)
+            self._ready.append(Done(call, Result.BAD_PARAMETERS, Origin.API))
 
     def cancel(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
         flight = self._by_call.get(call)
-        if flight is None or flight.context is None or self._dead:
+        if flight is None or flight.request not in CALLS or self._dead:
             return
-        for outgoing in self._waiting:
-            if outgoing.flight is flight:
-                self._waiting.remove(outgoing)
-                self._end(flight)
-                self._buffers.give(flight.buffer)
-                self._ready.append(Done(call, Result.CANCEL, Origin.API))
-                return
+        if flight in self._calls:
+            self._drop(flight)
+            return
         body = REQUESTS[Request.CANCEL].body.codec.pack(tag=flight.tag)
         self._control(Request.CANCEL, body, context=flight.context)
 
@@ -200,28 +215,41 @@ class VirtioTeeDriver:
         del self._rpcs[ident]
         try:
             raw = [self._raw_answer(param) for param in reply.params]
-        except _RefusedError:
-            log.warning("an RPC was answered with memory that the device does not know")
+            pack_raw(raw)
+            body = _body(Request.RPC_REPLY, rpc=ident, ret=reply.code, origin=reply.origin, num_params=len(raw))
+        except (_RefusedError, ValueError, struct.error):
+            log.warning("an RPC was answered with what the device cannot be told")
+            self._ready.append(RpcWithdrawn(rpc))
             raw, reply = [], RpcReply(Result.BAD_PARAMETERS)
-        body = REQUESTS[Request.RPC_REPLY].body.codec.pack(
-            rpc=ident, ret=reply.code, origin=reply.origin, num_params=len(raw)
-        )
+            body = _body(Request.RPC_REPLY, rpc=ident, ret=reply.code, origin=reply.origin, num_params=0)
+        if rpc.command == RpcCommand.SHM_ALLOC and reply.code == Result.SUCCESS:
+            self._lent.update((p.memory, rpc) for p in reply.params if isinstance(p, MemRef) and p.memory is not None)
         self._control(Request.RPC_REPLY, body, raw=raw, answers=rpc)
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
-        if self._transport.acknowledge():
-            self._check_epoch()
-        if not self._dead:
+        more = False
+        if not self._closed:
             try:
-                self._poll()
-            except ProtocolError as e:
+                more = self._serve()
+            except (ProtocolError, TransportError) as e:
                 self._die(str(e))
         sink = self._sink
         assert sink is not None
         while self._ready:
             sink(self._ready.popleft())
-        return None
+        return 0.0 if more else None
+
+    def _serve(self) -> bool:
+        """Take what the device has for us; whether there is more. Raises ProtocolError, TransportError."""
+        try:
+            if self._transport.acknowledge():
+                self._check_epoch()
+        except TransportError:
+            if not self._dead:
+                self._poll()  # what it did before it went
+            raise
+        return not self._dead and self._poll()
 
     def usage(self) -> dict[str, int]:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -230,7 +258,9 @@ class VirtioTeeDriver:
     def close(self) -> None:
         """End the device's use: all calls end, the device is reset."""
         self._die("the driver was closed")
-        self._transport.close()
+        if not self._closed:
+            self._closed = True
+            self._transport.close()
 
     # -- requests
 
@@ -239,9 +269,9 @@ class VirtioTeeDriver:
         request: Request,
         body: bytes,
         *,
-        queue: int,
         call: Call | None = None,
         context: GuestContext | None = None,
+        session: GuestSession | None = None,
         raw: list[RawParam] | None = None,
         tail: bytes = b"",
         inline_in: bytes = b"",
@@ -263,42 +293,83 @@ class VirtioTeeDriver:
         room = response_size(REQUESTS[request], len(raw), inline_out)
         buffer = self._buffers.take(readable + room)
         buffer.write(data + inline_in)
-        flight = _InFlight(request, buffer, readable, room, call, context, tag, raw, answers)
+        flight = _InFlight(request, buffer, readable, room, call, context, session, tag, raw, answers)
         if call is not None:
             self._in_flight[tag] = flight
             self._by_call[call] = flight
-        outgoing = _Outgoing(queue, flight)
-        if self._waiting or not self._submit(outgoing):
-            self._waiting.append(outgoing)
+        if REQUESTS[request].queue is Queue.CONTROL:
+            self._controls.append(flight)
+        elif request in CALLS:
+            self._calls.append(flight)
+        else:
+            self._others.append(flight)
+        self._flush()
 
-    def _control(self, request: Request, body: bytes, **more: Any) -> None:
+    def _control(self, request: Request, body: bytes, *, answers: Rpc | None = None, **more: Any) -> None:
         try:
-            self._send(request, body, queue=Queue.CONTROL, **more)
+            self._send(request, body, answers=answers, **more)
         except MemoryError:
             log.warning("no memory for a %s request; the device's deadline will end what it is about", request.name)
+            if answers is not None:
+                self._take_back(answers)
+            return
+        self._owed += request != Request.CANCEL
 
     def _request(self, request: Request, body: bytes, call: Call, context: GuestContext | None, **more: Any) -> None:
-        queue = Queue.REQUEST + self._next_queue
-        self._next_queue = (self._next_queue + 1) % self._request_queues
-        self._send(request, body, queue=queue, call=call, context=context, **more)
+        self._send(request, body, call=call, context=context, **more)
 
-    def _submit(self, outgoing: _Outgoing) -> bool:
-        flight = outgoing.flight
-        queue = self._transport.queues[outgoing.queue]
+    def _flush(self) -> None:
+        """Give the device what waits, as far as there is room."""
+        queues = self._transport.queues
+        while self._controls and self._add(Queue.CONTROL, queues[Queue.CONTROL], self._controls[0]):
+            self._controls.popleft()
+        while self._others and self._place(queues, self._others[0], call=False):
+            self._others.popleft()
+        while (
+            self._calls
+            and len(self._running) < self.config.limits.max_calls
+            and self._place(queues, self._calls[0], call=True)
+        ):
+            self._running.add(self._calls.popleft())
+
+    def _place(self, queues: Sequence[DriverQueue], flight: _InFlight, *, call: bool) -> bool:
+        """Put a request into the next request queue that has room. Calls leave some for what is no call."""
+        for _ in range(self._request_queues):
+            index = Queue.REQUEST + self._next_queue
+            self._next_queue = (self._next_queue + 1) % self._request_queues
+            queue = queues[index]
+            reserved = min(_RESERVED, queue.size // 2) if call and queue.in_flight else 0
+            if queue.free_slots > reserved and self._add(index, queue, flight):
+                return True
+        return False
+
+    def _add(self, index: int, queue: DriverQueue, flight: _InFlight) -> bool:
         buffer = flight.buffer
         try:
             queue.add(buffer.segments(0, flight.readable), buffer.segments(flight.readable, flight.room), flight)
         except QueueFull:
             return False
         if queue.kick_needed():
-            self._transport.kick(outgoing.queue)
+            self._transport.kick(index)
         return True
+
+    def _drop(self, flight: _InFlight) -> None:
+        """End a call that waits: the device has not seen it."""
+        call = flight.call
+        assert call is not None
+        self._calls.remove(flight)
+        self._end(flight)
+        self._buffers.give(flight.buffer)
+        self._ready.append(Done(call, Result.CANCEL, Origin.API))
 
     def _open_context(self, call: OpenContext) -> None:
         self._request(Request.OPEN_CONTEXT, _body(Request.OPEN_CONTEXT, flags=0), call, None)
 
     def _close_context(self, call: CloseContext) -> None:
-        self._request(Request.CLOSE_CONTEXT, b"", call, _context(call.context))
+        context = _context(call.context)
+        for flight in [f for f in self._calls if f.context is context]:
+            self._drop(flight)
+        self._request(Request.CLOSE_CONTEXT, b"", call, context)
 
     def _open_session(self, call: OpenSession) -> None:
         raw, inline_in, inline_out = self._raw_params(call.params)
@@ -314,13 +385,24 @@ class VirtioTeeDriver:
 
     def _close_session(self, call: CloseSession) -> None:
         session = _session(call.session)
+        for flight in [f for f in self._calls if f.session is session]:
+            self._drop(flight)
         self._request(Request.CLOSE_SESSION, _body(Request.CLOSE_SESSION, session=session.ident), call, session.context)
 
     def _invoke(self, call: Invoke) -> None:
         session = _session(call.session)
         raw, inline_in, inline_out = self._raw_params(call.params)
-        body = _body(Request.INVOKE, session=session.ident, func=call.func & 0xFFFF_FFFF, num_params=len(raw))
-        self._request(Request.INVOKE, body, call, session.context, raw=raw, inline_in=inline_in, inline_out=inline_out)
+        body = _body(Request.INVOKE, session=session.ident, func=call.func, num_params=len(raw))
+        self._request(
+            Request.INVOKE,
+            body,
+            call,
+            session.context,
+            session=session,
+            raw=raw,
+            inline_in=inline_in,
+            inline_out=inline_out,
+        )
 
     def _register(self, call: RegisterMemory) -> None:
         ranges = call.memory.ranges
@@ -371,6 +453,10 @@ class VirtioTeeDriver:
             else:
                 if not self._features & Feature.INLINE:
                     raise _RefusedError(Result.NOT_SUPPORTED)
+                if not 0 <= param.offset <= param.offset + param.size <= param.memory.size:
+                    raise _RefusedError(Result.BAD_PARAMETERS)
+                if param.memory.read_only and param.direction.is_output:
+                    raise _RefusedError(Result.BAD_PARAMETERS)
                 size = padded(param.size)
                 if param.direction.is_input:
                     size_in += size
@@ -397,27 +483,43 @@ class VirtioTeeDriver:
 
     # -- from the device
 
-    def _poll(self) -> None:
-        for index, queue in enumerate(self._transport.queues):
-            while True:
-                for token, written in queue.poll():
-                    if index == Queue.EVENT:
-                        self._take_event(token, written)
-                    else:
-                        self._complete(token, written)
-                if not queue.enable_notifications():
-                    break
-        while self._waiting and self._submit(self._waiting[0]):
-            self._waiting.popleft()
+    def _poll(self) -> bool:
+        """Take what was completed; whether there is more already. Raises ProtocolError, TransportError."""
+        queues = self._transport.queues
+        returned = [item for index, queue in enumerate(queues) if index != Queue.EVENT for item in queue.poll()]
+        # looked at later, but acted on first: what an event names was there when it was sent, and may be gone
+        # with a response that came after it
+        for buffer, written in queues[Queue.EVENT].poll():
+            self._take_event(buffer, written)
+        for flight, written in returned:
+            self._complete(flight, written)
+        more = [queue.enable_notifications() for queue in queues]
+        if not self._dead:
+            self._flush()
+        return any(more)
 
     def _complete(self, flight: _InFlight, written: int) -> None:
         data = flight.buffer.read(flight.readable, written)
         self._buffers.give(flight.buffer)
+        self._running.discard(flight)
         call = flight.call
         if call is None:
             self._controlled(flight, data)
             return
+        for rpc in [rpc for rpc in self._lent.values() if rpc.call is call]:
+            self._take_back(rpc)
         self._end(flight)
+        try:
+            done, status = self._done(flight, call, data)
+        except ProtocolError:
+            self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
+            raise
+        self._ready.append(done)
+        if status == Status.STALE_EPOCH:
+            self._check_epoch()
+
+    def _done(self, flight: _InFlight, call: Call, data: bytes) -> tuple[Done, int]:
+        """How a call has ended, and the response's status. Raises ProtocolError."""
         if len(data) < _RESPONSE_HEADER_SIZE:
             raise ProtocolError(f"the device answered {flight.request.name} with {len(data)} bytes")
         header = RESPONSE_HEADER.unpack(data)
@@ -428,15 +530,19 @@ class VirtioTeeDriver:
             self._FINISHERS[flight.request](self, flight, done, data)
         elif header.ret == Result.SUCCESS:
             done.code, done.origin = Result.COMMUNICATION, Origin.COMMS
-        if header.status == Status.STALE_EPOCH:
-            self._check_epoch()
-        self._ready.append(done)
+        return done, header.status
 
     def _controlled(self, flight: _InFlight, data: bytes) -> None:
         """A control request is done, or a call for which nobody waits any more."""
+        self._owed -= flight.request in (Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK)
         if flight.answers is not None and data[:4] != _STATUS_OK:
-            # the TEE did not take the answer: what it gave (SHM_ALLOC's memory) is the supplicant's again
-            self._ready.append(RpcWithdrawn(flight.answers))
+            self._take_back(flight.answers)
+
+    def _take_back(self, rpc: Rpc) -> None:
+        """The TEE did not take the answer to ``rpc``, or has ended with what it was given (SHM_ALLOC's memory)."""
+        for memory in [memory for memory, lent in self._lent.items() if lent is rpc]:
+            del self._lent[memory]
+        self._ready.append(RpcWithdrawn(rpc))
 
     def _end(self, flight: _InFlight) -> None:
         self._in_flight.pop(flight.tag, None)
@@ -449,17 +555,25 @@ class VirtioTeeDriver:
         assert response is not None
         return response.codec.unpack(data, _RESPONSE_HEADER_SIZE)
 
+    def _opened(self, flight: _InFlight, done: Done, data: bytes, name: str) -> int:
+        """The id that a response gives: 0 exactly if it failed."""
+        ident = int(getattr(self._response_body(flight, data), name))
+        if (ident != 0) is not (done.code == Result.SUCCESS):
+            raise ProtocolError(f"the device gave {name} {ident} with result {done.code:#x}")
+        return ident
+
     def _context_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
-        if done.code == Result.SUCCESS:
-            done.value = GuestContext(self._response_body(flight, data).context, self.config.epoch)
+        ident = self._opened(flight, done, data, "context")
+        if ident:
+            done.value = GuestContext(ident, self.config.epoch)
 
     def _session_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, OpenSession)
-        body = self._response_body(flight, data)
-        self._take_params(flight, done, data, done.call.params, body.num_params)
-        if done.code == Result.SUCCESS:
+        ident = self._opened(flight, done, data, "session")
+        self._take_params(flight, done, data, done.call.params, self._response_body(flight, data).num_params)
+        if ident:
             assert flight.context is not None
-            done.value = GuestSession(flight.context, body.session)
+            done.value = GuestSession(flight.context, ident)
 
     def _invoked(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, Invoke)
@@ -472,23 +586,24 @@ class VirtioTeeDriver:
         assert response is not None
         at = _RESPONSE_HEADER_SIZE + response.codec.size
         got = unpack_raw(data, at, count)
-        take_results(flight.raw, got, params)
+        take_results(flight.raw, got, params, done.code)
         at += count * PARAM.size
         for (attr, _, capacity, _), param in zip(flight.raw, params, strict=True):
-            if not isinstance(param, MemRef) or not param.direction.is_output:
-                continue
-            if param.size > capacity and param.memory is not None and done.code != Result.SHORT_BUFFER:
-                raise ProtocolError("the device says that more was written than there is room for")
-            if attr & PARAM_INLINE:
+            if attr & PARAM_INLINE and isinstance(param, MemRef) and param.direction.is_output:
                 if param.size <= capacity and param.memory is not None:
-                    param.memory.write(param.offset, data[at : at + param.size])
+                    try:
+                        param.memory.write(param.offset, data[at : at + param.size])
+                    except ValueError:  # the client has taken its memory away meanwhile
+                        done.code, done.origin = Result.BAD_PARAMETERS, Origin.API
                 at += padded(capacity)
 
     def _registered(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, RegisterMemory)
-        if done.code == Result.SUCCESS:
+        ident = self._opened(flight, done, data, "region")
+        if ident:
             assert flight.context is not None
-            ident = self._response_body(flight, data).region
+            if ident in self._regions:
+                raise ProtocolError("the device gave the id of a region that there is already")
             done.call.memory.handle = GuestRegion(flight.context, ident)
             self._regions[ident] = done.call.memory
 
@@ -521,9 +636,21 @@ class VirtioTeeDriver:
 
     # -- events
 
+    def _post_event_buffers(self) -> None:
+        """As many as the device wants, or as the ring holds."""
+        for _ in range(min(self.config.limits.num_event_buffers, self._transport.queues[Queue.EVENT].size)):
+            try:
+                buffer = self._buffers.take(self._event_size)
+            except MemoryError as e:
+                raise FormatError(f"the device wants event buffers for which there is no memory: {e}") from None
+            try:
+                self._post_event_buffer(buffer)
+            except QueueFull:
+                self._buffers.give(buffer)
+                return
+
     def _post_event_buffer(self, buffer: Buffer) -> None:
-        size = self.config.limits.event_buffer_size
-        self._transport.queues[Queue.EVENT].add([], buffer.segments(0, size), buffer)
+        self._transport.queues[Queue.EVENT].add([], buffer.segments(0, self._event_size), buffer)
 
     def _take_event(self, buffer: Buffer, written: int) -> None:
         data = buffer.read(0, written)
@@ -533,8 +660,10 @@ class VirtioTeeDriver:
         try:
             header = EVENT_HEADER.unpack(data)
             take = self._EVENTS.get(header.type)
-            if header.epoch != self.config.epoch:
+            if header.type == Event.EPOCH and header.epoch != self.config.epoch:
                 self._check_epoch()
+            if self._dead:
+                return
             if take is not None and header.epoch == self.config.epoch:
                 take(self, data[EVENT_HEADER.size :])
         except FormatError as e:
@@ -543,11 +672,19 @@ class VirtioTeeDriver:
     def _rpc(self, data: bytes) -> None:
         body = EVENTS[Event.RPC].codec.unpack(data)
         at = EVENTS[Event.RPC].codec.size
-        if len(data) != at + body.num_params * PARAM.size or body.rpc in self._rpcs:
+        if len(data) != at + body.num_params * PARAM.size or not body.rpc or body.rpc in self._rpcs:
             raise ProtocolError("the device sent an RPC that makes no sense")
+        if len(self._rpcs) >= self.config.limits.max_rpcs:
+            raise ProtocolError("the device sent more RPCs than it may")
         flight = self._in_flight.get(body.call)
-        params = [self._rpc_param(raw) for raw in unpack_raw(data, at, body.num_params)]
+        raw = unpack_raw(data, at, body.num_params)
+        check_raw(raw, inline=False)
+        params = [self._rpc_param(one) for one in raw]
         rpc = Rpc(body.command, params, flight.call if flight is not None else None)
+        if rpc.command == RpcCommand.SHM_FREE:
+            for param in params:
+                if isinstance(param, MemRef) and param.memory is not None:
+                    self._lent.pop(param.memory, None)
         self._rpcs[body.rpc] = rpc
         self._rpc_ids[rpc] = body.rpc
         self._ready.append(rpc)
@@ -562,11 +699,15 @@ class VirtioTeeDriver:
             memory = None if c == NULL_REGION else self._regions.get(c)
             if c != NULL_REGION and (memory is None or a + b > memory.size):
                 raise ProtocolError("the device named memory in an RPC that was not given to it")
+            if memory is not None and memory.read_only and MEMREF_TYPES[kind].is_output:
+                raise ProtocolError("the device wants read-only memory to be written")
             return MemRef(MEMREF_TYPES[kind], memory, a, b, meta)
         return Nothing(meta)
 
     def _rpc_withdrawn(self, data: bytes) -> None:
         ident = EVENTS[Event.RPC_WITHDRAWN].codec.unpack(data).rpc
+        if self._owed > 2 * self.config.limits.max_rpcs + self._transport.queues[Queue.CONTROL].size:
+            raise ProtocolError("the device does not take answers, but goes on asking")
         self._control(Request.RPC_WITHDRAWN_ACK, _body(Request.RPC_WITHDRAWN_ACK, rpc=ident))
         rpc = self._rpcs.pop(ident, None)
         if rpc is not None:
@@ -591,7 +732,9 @@ class VirtioTeeDriver:
         except FormatError as e:
             self._die(str(e))
             return
-        if config.epoch != self.config.epoch:
+        if replace(config, epoch=self.config.epoch) != self.config:
+            self._die("the device has become another one")
+        elif config.epoch != self.config.epoch:
             log.warning("the device has lost its state; all contexts are gone")
             self.config = config
             self._abandon()
@@ -603,10 +746,15 @@ class VirtioTeeDriver:
             self._end(flight)
             if call is not None:
                 self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
-        for rpc in self._rpcs.values():
+        for rpc in (*self._rpcs.values(), *dict.fromkeys(self._lent.values())):
             self._ready.append(RpcWithdrawn(rpc))
         self._rpcs.clear()
         self._rpc_ids.clear()
+        self._lent.clear()
+        self._running.clear()
+        for flight in self._calls:
+            self._buffers.give(flight.buffer)
+        self._calls.clear()
         for memory in list(self._regions.values()):
             self._forget(memory)
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from pyvhost.errors import PyvhostError
 from pyvhost.vring.api import DriverQueue
 from tee.memory import Memory
+
+
+class TransportError(PyvhostError):
+    """The device is gone, or cannot be used; the text says why."""
 
 
 class Transport(Protocol):
@@ -18,7 +23,7 @@ class Transport(Protocol):
     queues: Sequence[DriverQueue]
 
     def read_config(self, size: int) -> bytes:
-        """The first ``size`` bytes of the config space, of one generation."""
+        """The first ``size`` bytes of the config space, of one generation. Raises TransportError."""
 
     def kick(self, index: int) -> None:
         """Tell the device that queue ``index`` has new requests."""
@@ -27,7 +32,10 @@ class Transport(Protocol):
         """Readable when the device has signalled."""
 
     def acknowledge(self) -> bool:
-        """Consume the device's signals. True if the config space may have changed."""
+        """Consume the device's signals. True if the config space may have changed.
+
+        Raises TransportError once the device has gone; what it completed before can still be polled.
+        """
 
     def allocate(self, size: int) -> Memory:
         """Memory that the device can reach: page-aligned, zeroed, with its ``ranges``. Raises MemoryError."""

@@ -14,6 +14,7 @@ from device.config import Config
 from device.messages import CONFIG
 from device.wire import Queue
 from guest_driver.arena import PAGE, Arena
+from guest_driver.transport import TransportError
 from pyvhost.errors import Disconnected, PyvhostError
 from pyvhost.io.frontend import DEFAULT_FEATURES, Frontend, Ram
 from pyvhost.vring.api import DriverQueue
@@ -27,17 +28,27 @@ class VhostUserTransport:
     """
 
     def __init__(self, path: str, *, wanted: int, memory_bytes: int = 64 << 20, queue_size: int = 128) -> None:
-        self.frontend = Frontend.connect(path, ram=Ram(memory_bytes))
+        self._ram = Ram(memory_bytes)
+        try:
+            self.frontend = Frontend.connect(path, ram=self._ram)
+        except OSError:
+            self._ram.close()
+            raise
         self._poll = select.epoll()
+        self._peer_fd = -1
         try:
             self.features = self.frontend.negotiate(DEFAULT_FEATURES | wanted)
             config = Config.unpack(self.read_config(CONFIG.size))
             for index in range(Queue.REQUEST + config.num_request_queues):
-                self._poll.register(self.frontend.add_queue(index, queue_size).call_fd, select.EPOLLIN)
+                queue = self.frontend.add_queue(index, queue_size)
+                self._poll.register(queue.call_fd, select.EPOLLIN)
+                self._peer_fd = queue.peer_fd
             if self.frontend.channel_fd is not None:
                 self._poll.register(self.frontend.channel_fd, select.EPOLLIN)
             self._arena = self._make_arena(memory_bytes)
             self.frontend.start()
+            # between messages this one says nothing but that the backend has left
+            self._poll.register(self._peer_fd, select.EPOLLIN)
         except BaseException:
             self.close()
             raise
@@ -57,7 +68,10 @@ class VhostUserTransport:
 
     def read_config(self, size: int) -> bytes:
         """See :class:`~guest_driver.transport.Transport`."""
-        return self.frontend.read_config(0, size)
+        try:
+            return self.frontend.read_config(0, size)
+        except (PyvhostError, OSError) as e:
+            raise TransportError(f"the config space cannot be read: {e}") from None
 
     def kick(self, index: int) -> None:
         """See :class:`~guest_driver.transport.Transport`."""
@@ -69,20 +83,25 @@ class VhostUserTransport:
 
     def acknowledge(self) -> bool:
         """See :class:`~guest_driver.transport.Transport`."""
-        changed = False
+        changed = gone = False
         for fd, _ in self._poll.poll(0):
-            if fd == self.frontend.channel_fd:
+            if fd == self._peer_fd:
+                gone = True
+                self._poll.unregister(fd)
+            elif fd == self.frontend.channel_fd:
                 self._take_backend_request(fd)
                 changed = True
             else:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
+        if gone:
+            raise TransportError("the backend has left")
         return changed
 
     def _take_backend_request(self, fd: int) -> None:
         try:
             self.frontend.backend_request()
-        except (PyvhostError, TimeoutError):
+        except (PyvhostError, OSError):
             self._poll.unregister(fd)  # the backend has gone, or talks nonsense
 
     def allocate(self, size: int) -> Memory:
@@ -100,3 +119,4 @@ class VhostUserTransport:
                 self.frontend.reset()
         self._poll.close()
         self.frontend.close()
+        self._ram.close()

@@ -12,11 +12,13 @@ import mmap
 import os
 import select
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from device.wire import DEVICE_ID
 from guest_driver.arena import Arena
+from guest_driver.transport import TransportError
 from pyvhost.io.fence import host_fences
 from pyvhost.vring.split_driver import SplitDriverQueue
 from tee.memory import Memory, Range
@@ -36,9 +38,10 @@ _ISR_CONFIG = 2
 _HUGE_PAGE = 2 << 20
 _MAP_HUGETLB, _MAP_LOCKED = 0x40000, 0x2000
 _PAGE = 4096
+_RESET_SECONDS = 10
 
 
-class PciError(Exception):
+class PciError(TransportError):
     """The device cannot be used; the text says what to do."""
 
 
@@ -197,8 +200,10 @@ class PciTransport:
 
     def _reset(self) -> None:
         self._common.write(_STATUS, 1, 0)
+        deadline = time.monotonic() + _RESET_SECONDS
         while self._common.read(_STATUS, 1):
-            pass
+            if time.monotonic() > deadline:
+                raise PciError(f"{self.path.name} has not done a reset within {_RESET_SECONDS} seconds")
 
     def _negotiate(self, wanted: int) -> int:
         offered = 0
@@ -278,9 +283,11 @@ class PciTransport:
 
     def close(self) -> None:
         """See :class:`~guest_driver.transport.Transport`."""
-        self._reset()
-        os.close(self._uio)
-        os.close(self._config_fd)
+        try:
+            self._reset()
+        finally:
+            os.close(self._uio)
+            os.close(self._config_fd)
 
 
 class _HugePages:

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 
 from device.config import Config, Limits
 from device.machines import LIFE, LifeAction, LifeEvent, LifeState
-from device.messages import CONFIG
+from device.messages import CONFIG, EVENT_HEADER
 from device.requests import RESPONSE_HEADER_SIZE, refusal
-from device.wire import Feature, Queue, Status
+from device.wire import Event, Feature, Queue, ResponseFlag, Status
 from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
 from host_backend.router import Router
 from host_backend.slots import Leased
 from host_backend.trace import Recorder
 from pyvhost.device import Device, Link
+from pyvhost.memory import GuestMemory
+from pyvhost.messages import Feature as RingFeature
 from pyvhost.vring.api import Chain, DeviceQueue
+from pyvhost.vring.packed import INITIAL_BASE
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ class TeeDevice(Device):
     max_queue_size = 1024
     features = int(IMPLEMENTED_FEATURES)
     config_size = CONFIG.size
+    logs_writes = False  # the TEE writes to registered memory at any time, also during a pause
 
     def __init__(
         self,
@@ -56,8 +60,15 @@ class TeeDevice(Device):
         self._draining: set[Epoch] = set()
         self._running: set[int] = set()
         self._dirty: set[int] = set()
+        self._lost: set[int] = set()
+        """Rings with requests of which another backend may have run some."""
+        self._taken_over = False
+        """The driver runs on from before this epoch."""
+        self._announce = False
+        """… and is still to be told that its state is gone."""
         self._completed = 0
         self._connected = False
+        self.memory_version = 0
         self.epoch = self._begin(0)
 
     # -- config space
@@ -114,6 +125,7 @@ class TeeDevice(Device):
 
     def connected(self, link: Link) -> None:
         self._connected = True
+        self.epoch.features = Feature(0)
         log.info("vm %s: a frontend has connected", self.vm)
         if self._trace is not None:
             self._trace.mark(self.vm, "connected")
@@ -121,25 +133,61 @@ class TeeDevice(Device):
     def negotiated(self, features: int) -> None:
         self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
 
+    def memory_changed(self, memory: GuestMemory) -> None:
+        self.memory_version += 1
+
     def queue_started(self, index: int, queue: DeviceQueue, resumed: bool) -> None:
         self._running.add(index)
+        if not resumed and self._is_under_way(queue):
+            self._take_over(index)
         self._live(LifeEvent.RESUME if resumed else LifeEvent.START)
         if resumed:
             self.epoch.resume()
             self.flush()
+
+    def _is_under_way(self, queue: DeviceQueue) -> bool:
+        """Whether the driver has used this ring before, with a backend that is gone."""
+        packed = self.acked_features & RingFeature.RING_PACKED
+        return bool(queue.recovered) or queue.next_base != (INITIAL_BASE if packed else 0)
+
+    def _take_over(self, index: int) -> None:
+        if index != Queue.EVENT:  # posted buffers are as good for this epoch's events
+            self._lost.add(index)
+        if not self._taken_over:
+            log.info("vm %s: its driver runs on, with its state lost: epoch %#x", self.vm, self.epoch.number)
+            self._taken_over = self._announce = True
+            self.link.config_changed()
+
+    def _abandon(self, index: int, queue: DeviceQueue) -> None:
+        """Answer what the last backend had taken (all that is available, where nobody wrote that down), unrun."""
+        self._lost.discard(index)
+        known = self.link.tracked(index)
+        for _ in range(len(queue.recovered) if known else queue.size):
+            chain = queue.pop()
+            if chain is None:
+                break
+            room = chain.writable_bytes >= RESPONSE_HEADER_SIZE
+            RingSlot(self, index, chain).respond(
+                *([refusal(Status.ABANDONED, ResponseFlag.MAY_HAVE_RUN)] if room else [])
+            )
 
     def queue_stopped(self, index: int) -> None:
         self._running.discard(index)
         if not self._running:
             self._live(LifeEvent.STOP)
 
-    def reset(self) -> None:
+    def _forget_driver(self) -> None:
         self._running.clear()
+        self._lost.clear()
+        self._taken_over = self._announce = False
+
+    def reset(self) -> None:
+        self._forget_driver()
         self._live(LifeEvent.RESET)
 
     def disconnected(self) -> None:
         self._connected = False
-        self._running.clear()
+        self._forget_driver()
         log.info("vm %s: the frontend has gone", self.vm)
         if self._trace is not None:
             self._trace.mark(self.vm, "disconnected")
@@ -151,7 +199,10 @@ class TeeDevice(Device):
         queue = self.queues[index]
         if queue is None or self.life is not LifeState.RUNNING:
             return False  # when it runs again, link.wake() brings us back
+        if index in self._lost:
+            self._abandon(index, queue)
         if index == Queue.EVENT:
+            self._tell_epoch()
             self.epoch.rpcs.pump()
             more = False
         else:
@@ -177,6 +228,8 @@ class TeeDevice(Device):
         for index in range(Queue.REQUEST, self.num_queues):
             queue = self.queues[index]
             if queue is not None:
+                if index in self._lost:
+                    self._abandon(index, queue)
                 # at most what a ring can hold: a driver that goes on adding does not keep us here
                 for _ in range(queue.size):
                     chain = queue.pop()
@@ -213,6 +266,15 @@ class TeeDevice(Device):
             self._completed = 0
 
     def send_event(self, data: bytes) -> bool:
+        return self._tell_epoch() and self._put_event(data)
+
+    def _tell_epoch(self) -> bool:
+        """The first event that a driver sees that runs on; False if it must wait for a buffer."""
+        if self._announce:
+            self._announce = not self._put_event(EVENT_HEADER.pack(Event.EPOCH, 0, self.epoch.number))
+        return not self._announce
+
+    def _put_event(self, data: bytes) -> bool:
         queue = self.queues[Queue.EVENT]
         if queue is None or queue.stopped:
             return False
@@ -222,17 +284,20 @@ class TeeDevice(Device):
                 if not queue.enable_notifications():
                     return False
                 continue
-            fits = chain.writable_bytes >= self.limits.event_buffer_size
+            fits = chain.writable_bytes >= self.limits.event_buffer_size and not chain.readable_bytes
             queue.push(chain.head, chain.write(data) if fits else 0)
             self.completed(Queue.EVENT)
             if fits:
                 return True
             log.warning(
-                "vm %s: an event buffer of %d bytes is too small and given back unused; the guest's driver must post "
-                "event_buffer_size (%d) bytes: update it",
+                "vm %s: an event buffer of %d bytes is not usable and given back unused; the guest's driver must post "
+                "writable buffers of event_buffer_size (%d) bytes: update it",
                 *(self.vm, chain.writable_bytes, self.limits.event_buffer_size),
             )
         return False
+
+    def fail(self, why: str) -> None:
+        self.link.close(why)
 
     def views(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[memoryview], Leased]:
         lease = self.memory.lease(*ranges)

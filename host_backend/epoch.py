@@ -46,10 +46,10 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, TeeDriver
+from tee.driver import Done, GenCap, TeeDriver
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
-from tee.results import Result
+from tee.results import Origin, Result
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class Epoch:
         self.features = features
         self.limits = limits
         self.ended = False
+        self._over = False
         self.contexts: IdTable[ContextEntry] = IdTable(limits.max_contexts)
         self.sessions: IdTable[SessionEntry] = IdTable(limits.max_sessions)
         self.regions: IdTable[RegionEntry] = IdTable(limits.max_regions)
@@ -127,7 +128,7 @@ class Epoch:
     def region(self, ident: int, context: ContextEntry | None = None) -> RegionEntry:
         """The region with this id, of ``context`` if one is given. Raises RequestError(NO_REGION)."""
         region = self.regions.get(ident)
-        if region is None or not region.ready or region.unregister is not None:
+        if region is None or not region.ready or region.unregister is not None or region.context.closing:
             raise RequestError(Status.NO_REGION, f"no region {ident}")
         if context is not None and region.context is not context:
             raise RequestError(Status.NO_REGION, f"region {ident} is not of context {context.ident}")
@@ -169,6 +170,8 @@ class Epoch:
         context = self._context(request)
         self._admit(request)
         context.closing = True
+        self._give_up_unregisters(context)
+        self.rpcs.hurry(context=context)
         pending = Pending(self, slot, request, context, Epoch._context_closed)
         self._start(pending, CloseContext(owner=pending, context=context.handle))
 
@@ -219,6 +222,7 @@ class Epoch:
         session = self._session(context, request.body.session)
         self._admit(request)
         session.closing = True
+        self.rpcs.hurry(session=session)
         pending = Pending(self, slot, request, context, Epoch._session_closed, session=session)
         self._start(pending, CloseSession(owner=pending, session=session.handle))
 
@@ -258,7 +262,7 @@ class Epoch:
         except MemoryFault as e:
             raise RequestError(Status.BAD_RANGE, str(e)) from None
         memory = Memory(views, ranges=[Range(*r) for r in ranges], read_only=bool(body.flags & RegionFlag.READ_ONLY))
-        region = RegionEntry(context, memory, lease)
+        region = RegionEntry(context, memory, lease, version=self.port.memory_version)
         try:
             region.ident = _add(self.regions, region, "regions")
         except RequestError:
@@ -297,12 +301,24 @@ class Epoch:
             region.users += 1
             self.tee.start(pending.call)
 
+    def _give_up_unregisters(self, context: ContextEntry | None = None) -> None:
+        """The context (all of them) closes: what waits to unregister its memory has nothing left to do."""
+        for region in self.regions:
+            pending = region.unregister
+            if pending is not None and context in (None, region.context) and not pending.regions:
+                region.unregister = None
+                assert pending.call is not None
+                self._return(pending, Done(pending.call, Result.CANCEL, Origin.COMMS), ())
+
     def _unregistered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
-        self._forget_region(pending.regions[0])
+        (region,) = pending.regions
+        region.unregister = None
+        self._forget_region(region)
         return ()
 
     def cancel(self, slot: Slot, request: ParsedRequest) -> None:
         context = self._context(request)
+        self._admit(request)
         target = self._find_call(context, request.body.tag)
         if target is None:
             # the request to cancel may lie in a ring that has not been looked at since
@@ -318,10 +334,12 @@ class Epoch:
         return pending if pending is not None and pending.context is context else None
 
     def rpc_reply(self, slot: Slot, request: ParsedRequest) -> None:
+        self._admit(request)
         self.rpcs.reply(request)
         slot.respond(pack_response())
 
     def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> None:
+        self._admit(request)
         self.rpcs.acknowledge(request)
         slot.respond(pack_response())
 
@@ -347,6 +365,8 @@ class Epoch:
                     if direction.is_input:
                         at += padded(b)
                 elif c == NULL_REGION:
+                    if not self.tee.info.gen_caps & GenCap.MEMREF_NULL:
+                        raise RequestError(Status.NO_REGION, "this TEE knows no NULL references")
                     params.append(MemRef(direction, None, 0, b, meta))
                 else:
                     region = self.region(c, context)
@@ -354,11 +374,21 @@ class Epoch:
                         raise RequestError(Status.BAD_RANGE, f"{b} bytes at {a} are outside region {c}")
                     if region.memory.read_only and direction.is_output:
                         raise RequestError(Status.BAD_RANGE, f"region {c} is read-only")
+                    self._check_place(region)
                     regions.append(region)
                     params.append(MemRef(direction, region.memory, a, b, meta))
             else:
                 params.append(Nothing(meta))
         return params, regions
+
+    def _check_place(self, region: RegionEntry) -> None:
+        """Raise RequestError(BAD_RANGE) if the guest's memory is no longer where the region says."""
+        if region.version != self.port.memory_version:
+            try:
+                self.port.views([(r.address, r.length) for r in region.memory.ranges])[1].release()
+            except MemoryFault as e:
+                raise RequestError(Status.BAD_RANGE, str(e)) from None
+            region.version = self.port.memory_version
 
     # -- what the TEE says
 
@@ -367,33 +397,40 @@ class Epoch:
         if isinstance(pending.call, CloseContext) and self._in_use(pending.context):
             pending.context.then = lambda: self.done(pending, done)
             return
-        rest = pending.finish(self, pending, done)
-        for region in pending.regions:
+        self._return(pending, done, pending.finish(self, pending, done))
+        # only now: what waits for this memory comes after this request
+        used, pending.regions, pending.held = [*pending.regions, *pending.held], [], []
+        for region in used:
             self.unuse(region)
-        for region in pending.held:
-            self.unuse(region)
-        pending.held.clear()
-        self.calls.pop(pending.request.tag, None)
-        self.running -= pending.request.type in CALLS
+        self._drained()
+
+    def _return(self, pending: Pending, done: Done, rest: tuple[bytes, ...]) -> None:
+        """Write the response to a request that has ended, or keep it while the ring is stopped."""
         if pending.state is CallState.ABANDONED:
-            pending.state = CALL.step(pending.state, CallEvent.DONE)[0]
+            self._forget(pending, CallEvent.DONE)
             if isinstance(pending.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
-            self._drained()
             return
+        status = Status.ABANDONED if done.may_have_run else Status.OK
         if self.trace is not None:
-            self.trace.response(self.vm, pending.request.type, pending.request.tag, Status.OK, done.code)
+            self.trace.response(self.vm, pending.request.type, pending.request.tag, status, done.code)
         if done.may_have_run:
             # the TEE was lost under the call
-            pending.response = (refusal(Status.ABANDONED, ResponseFlag.MAY_HAVE_RUN),)
+            pending.response = (refusal(status, ResponseFlag.MAY_HAVE_RUN),)
         else:
-            pending.response = (pack_response(Status.OK, done.code, done.origin), *rest)
+            pending.response = (pack_response(status, done.code, done.origin), *rest)
         assert pending.slot is not None
         if pending.slot.respond(*pending.response):
-            pending.state = CALL.step(pending.state, CallEvent.DONE)[0]
+            self._forget(pending, CallEvent.DONE)
         else:
-            pending.state = CALL.step(pending.state, CallEvent.DONE_STOPPED)[0]
+            self._step(pending, CallEvent.DONE_STOPPED)
             self.held.append(pending)
+
+    def _forget(self, pending: Pending, event: CallEvent) -> None:
+        """The request is no longer in progress: its tag is free."""
+        self._step(pending, event)
+        del self.calls[pending.request.tag]
+        self.running -= pending.request.type in CALLS
 
     def resume(self) -> None:
         """The rings run again after a pause: give out what was kept."""
@@ -401,14 +438,14 @@ class Epoch:
         for pending in held:
             assert pending.slot is not None
             if pending.slot.respond(*pending.response):
-                self._step(pending, CallEvent.RESUME)
+                self._forget(pending, CallEvent.RESUME)
             else:
                 self.held.append(pending)
         self.rpcs.pump()
 
     def _step(self, pending: Pending, event: CallEvent) -> None:
         pending.state, action = CALL.step(pending.state, event)
-        if action is CallAction.CANCEL and pending.call is not None:
+        if action is CallAction.CANCEL and pending.call is not None and pending.request.type in CALLS:
             self.tee.cancel(pending.call)
 
     def unuse(self, region: RegionEntry) -> None:
@@ -440,13 +477,16 @@ class Epoch:
         self.ended = True
         self.rpcs.reset()
         for pending in self.held:
-            self._step(pending, CallEvent.RESET)
+            self._forget(pending, CallEvent.RESET)
         self.held.clear()
-        for pending in list(self.calls.values()):
+        for pending in self.calls.values():
             pending.slot = None
             self._step(pending, CallEvent.RESET)
-            if isinstance(pending.call, UnregisterMemory) and not pending.regions:
-                del self.calls[pending.request.tag]  # never reached the TEE; closing the context does it
+            if self.trace is not None:
+                self.trace.response(
+                    self.vm, pending.request.type, pending.request.tag, Status.ABANDONED, Result.COMMUNICATION
+                )
+        self._give_up_unregisters()
         for context in self.contexts:
             if context.handle is not None and not context.closing:
                 self._close_for_good(context)
@@ -467,7 +507,8 @@ class Epoch:
         self._drained()
 
     def _drained(self) -> None:
-        if self.ended and not self.calls and not self._closing:
+        if self.ended and not self._over and not self.calls and not self._closing:
+            self._over = True
             self._on_drained(self)
 
 

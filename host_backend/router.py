@@ -88,12 +88,22 @@ class Router:
         return due
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, Done):
-            deliver(event)
-        elif isinstance(event, Rpc):
-            self._route(event)
-        else:
-            self._withdraw(event)
+        try:
+            if isinstance(event, Done):
+                deliver(event)
+            elif isinstance(event, Rpc):
+                self._route(event)
+            else:
+                self._withdraw(event)
+        except Exception as e:
+            # We run inside the TEE, perhaps on another guest's turn: only the guest that it is about shall suffer.
+            log.exception(
+                "an error of the backend itself, in serving %s; its guest is disconnected: report this",
+                type(event).__name__,
+            )
+            epoch = _epoch_of(event)
+            if epoch is not None:
+                epoch.port.fail(repr(e))
 
     def _route(self, rpc: Rpc) -> None:
         owner = rpc.call.owner if rpc.call is not None else None
@@ -117,3 +127,9 @@ class Router:
         owner = event.rpc.call.owner if event.rpc.call is not None else None
         if isinstance(owner, Pending):
             owner.epoch.rpcs.withdraw(event.rpc)
+
+
+def _epoch_of(event: Event) -> Epoch | None:
+    """Whose call the event is about."""
+    call = event.call if isinstance(event, Done | Rpc) else event.rpc.call
+    return getattr(call.owner, "epoch", None) if call is not None else None

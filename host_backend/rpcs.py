@@ -7,7 +7,6 @@ it back (SHM_FREE) or the call that asked for it ends.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,11 +23,12 @@ from device.wire import (
     Event,
     Feature,
     ParamType,
+    Request,
     RpcServer,
     RpcTarget,
     Status,
 )
-from host_backend.tables import Pending
+from host_backend.tables import ContextEntry, Pending, RegionEntry, SessionEntry
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Result
 from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
@@ -54,6 +54,8 @@ class RpcEntry:
     pending: Pending
     deadline: float
     raw: list[RawParam] = field(default_factory=list)
+    regions: list[RegionEntry] = field(default_factory=list)
+    """Those that it names."""
     ident: int = 0
     state: RpcState = RpcState.QUEUED
 
@@ -65,9 +67,9 @@ class GuestRpcs:
         self._epoch = epoch
         self._clock = clock
         self._table: IdTable[RpcEntry] = IdTable(epoch.limits.max_rpcs)
-        self._backlog: deque[RpcEntry] = deque()
-        """No place in the table yet."""
-        self._outbox: deque[RpcEntry] = deque()
+        self._backlog: dict[RpcEntry, None] = {}
+        """No place in the table yet; in order."""
+        self._outbox: dict[RpcEntry, None] = {}
         """Each waits for an event buffer: QUEUED for its RPC event, WITHDRAWING for its RPC_WITHDRAWN event."""
         self._entries: dict[Rpc, RpcEntry] = {}
         """By the TEE's own object, as long as the TEE waits."""
@@ -79,27 +81,47 @@ class GuestRpcs:
 
     def send(self, rpc: Rpc, pending: Pending) -> None:
         """The TEE asks something of this guest."""
-        if not self._epoch.features & Feature.RPC:
-            self._refuse(rpc, "the driver has not negotiated RPC", RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[1])
+        epoch = self._epoch
+        code = RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[1]
+        if not epoch.features & Feature.RPC:
+            self._refuse(rpc, "the driver has not negotiated RPC", code)
             return
-        entry = RpcEntry(rpc, pending, self._clock() + self._epoch.limits.rpc_deadline_ms / 1000)
+        if len(rpc.params) > epoch.limits.max_params:
+            self._refuse(rpc, "more parameters than the driver takes", code)
+            return
+        patience = 0.0 if _closes(pending) else epoch.limits.rpc_deadline_ms / 1000
+        entry = RpcEntry(rpc, pending, self._clock() + patience)
         try:
-            entry.raw = [self._raw(param) for param in rpc.params]
+            entry.regions = [
+                epoch.by_memory[id(param.memory)]
+                for param in rpc.params
+                if isinstance(param, MemRef) and param.memory is not None
+            ]
         except LookupError:
             log.warning(
                 "vm %s: %s refers to memory that is not the guest's, and is refused; the TA should ask for the memory "
                 "of its RPCs (SHM_ALLOC): tell its author",
-                *(self._epoch.vm, _name(entry)),
+                *(epoch.vm, describe_command(rpc.command)),
             )
             self._refuse(rpc, "memory that is not the guest's", Result.NOT_SUPPORTED)
             return
+        entry.raw = [self._raw(param) for param in rpc.params]
         self._entries[rpc] = entry
-        if self._epoch.trace is not None:
-            self._epoch.trace.rpc(self._epoch.vm, rpc, rpc.command, "guest")
+        if epoch.trace is not None:
+            epoch.trace.rpc(epoch.vm, rpc, rpc.command, "guest")
+        self._backlog[entry] = None
         if rpc.command == RpcCommand.SHM_FREE:
             self._give_back(entry)
-        self._backlog.append(entry)
+        else:
+            for region in entry.regions:
+                region.users += 1
         self.pump()
+
+    def hurry(self, *, context: ContextEntry | None = None, session: SessionEntry | None = None) -> None:
+        """The context or the session closes: what its calls wait for in the guest is not waited for any longer."""
+        for entry in self._entries.values():
+            if entry.pending.context is context or (session is not None and entry.pending.session is session):
+                entry.deadline = self._clock()
 
     def withdraw(self, rpc: Rpc) -> None:
         """The TEE no longer waits for it."""
@@ -107,24 +129,34 @@ class GuestRpcs:
         if entry is not None:
             self._record(rpc, "nobody: withdrawn", Result.CANCEL)
             self._step(entry, RpcEvent.WITHDRAW)
+            self._let_go(entry)
 
     # -- to the guest
 
     def pump(self) -> None:
         """Send what can be sent: there may be new event buffers, or free places."""
         while self._backlog and len(self._table) < self._table.limit:
-            entry = self._backlog.popleft()
+            entry = next(iter(self._backlog))
+            del self._backlog[entry]
             entry.ident = self._table.add(entry)
-            self._outbox.append(entry)
+            self._outbox[entry] = None
         while self._outbox:
-            entry = self._outbox[0]
-            if entry.state is RpcState.ENDED:
-                self._outbox.popleft()
+            entry = next(iter(self._outbox))
+            if entry.state is RpcState.QUEUED and entry.rpc.command == RpcCommand.SHM_FREE and not self._wanted(entry):
+                self._answer(entry, RpcReply(), "nobody: the guest has ended the registration")
+                self._step(entry, RpcEvent.WITHDRAW)
                 continue
             if not self._epoch.port.send_event(self._event(entry)):
                 return
-            self._outbox.popleft()
+            del self._outbox[entry]
             self._step(entry, RpcEvent.BUFFER)
+
+    def _wanted(self, entry: RpcEntry) -> bool:
+        """Whether the guest still has the regions that a SHM_FREE names: it may have ended them before."""
+        return all(
+            region.ident in self._epoch.regions and region.unregister is None and not region.context.closing
+            for region in entry.regions
+        )
 
     def _event(self, entry: RpcEntry) -> bytes:
         if entry.state is RpcState.WITHDRAWING:
@@ -188,7 +220,11 @@ class GuestRpcs:
         """The answer's parameters, held against the question's."""
         if entry.rpc.command == RpcCommand.SHM_ALLOC:
             return self._given_memory(entry, raw) if code == Result.SUCCESS else []
-        if entry.rpc.command == RpcCommand.SHM_FREE or (not raw and code not in _WITH_PARAMS):
+        if entry.rpc.command == RpcCommand.SHM_FREE:
+            if raw and code in _WITH_PARAMS:
+                raise RequestError(Status.MALFORMED, "the answer to SHM_FREE has no parameters")
+            return []
+        if not raw and code not in _WITH_PARAMS:
             return list(entry.rpc.params)
         if len(raw) != len(entry.raw):
             raise RequestError(Status.MALFORMED, f"an answer with {len(raw)} parameters to {len(entry.raw)}")
@@ -226,12 +262,10 @@ class GuestRpcs:
 
     def _give_back(self, entry: RpcEntry) -> None:
         """SHM_FREE: the TEE uses that memory no more."""
-        for param in entry.rpc.params:
-            if isinstance(param, MemRef) and param.memory is not None:
-                region = self._epoch.by_memory.get(id(param.memory))
-                if region is not None and region in entry.pending.held:
-                    entry.pending.held.remove(region)
-                    self._epoch.unuse(region)
+        for region in entry.regions:
+            if region in entry.pending.held:
+                entry.pending.held.remove(region)
+                self._epoch.unuse(region)
 
     # -- time and the end
 
@@ -263,7 +297,7 @@ class GuestRpcs:
         if entry.state is RpcState.ENDED:
             self._free(entry)
         if action in (RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
-            self._outbox.append(entry)
+            self._outbox[entry] = None
         if action in (RpcAction.FAIL, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
             self._answer(entry, RpcReply(Result.COMMUNICATION), f"nobody: {event.value}")
         if action in (RpcAction.FREE, RpcAction.QUEUE_WITHDRAWN, RpcAction.FAIL_AND_QUEUE_WITHDRAWN):
@@ -274,13 +308,20 @@ class GuestRpcs:
         if entry.ident:
             self._table.remove(entry.ident)
             entry.ident = 0
-        elif entry in self._backlog:
-            self._backlog.remove(entry)
+        self._backlog.pop(entry, None)
+        self._outbox.pop(entry, None)
 
     def _answer(self, entry: RpcEntry, reply: RpcReply, answered_by: str) -> None:
         if self._entries.pop(entry.rpc, None) is not None:
             self._record(entry.rpc, answered_by, reply.code)
             self._epoch.tee.answer(entry.rpc, reply)
+            self._let_go(entry)
+
+    def _let_go(self, entry: RpcEntry) -> None:
+        """The TEE does not wait for it any more: it no longer uses the memory that it names."""
+        if entry.rpc.command != RpcCommand.SHM_FREE:
+            for region in entry.regions:
+                self._epoch.unuse(region)
 
     def _refuse(self, rpc: Rpc, why: str, code: int) -> None:
         if self._epoch.trace is not None:
@@ -290,6 +331,13 @@ class GuestRpcs:
     def _record(self, rpc: Rpc, answered_by: str, code: int) -> None:
         if self._epoch.trace is not None:
             self._epoch.trace.rpc_ended(self._epoch.vm, rpc, rpc.command, answered_by, code)
+
+
+def _closes(pending: Pending) -> bool:
+    """Whether the call's context or session is being closed. Only a TA that closes may still ask something."""
+    if pending.context.closing:
+        return True
+    return pending.session is not None and pending.session.closing and pending.request.type != Request.CLOSE_SESSION
 
 
 def _name(entry: RpcEntry) -> str:

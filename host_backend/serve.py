@@ -57,6 +57,7 @@ class ServeConfig:
             raise ValueError("nothing to serve: give a socket path or a file descriptor")
         if not 1 <= self.request_queues <= MAX_REQUEST_QUEUES:
             raise ValueError(f"request queues: 1 to {MAX_REQUEST_QUEUES}")
+        self.limits.check()
         names = [e.vm for e in self.endpoints]
         if len(set(names)) != len(names):
             raise ValueError("two sockets have the same VM name")
@@ -78,32 +79,38 @@ async def serve(
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
         dataplane.post(lambda: _attach(dataplane, router))
         async with trio.open_nursery() as nursery:
-            for endpoint, listener in zip(config.endpoints, listeners, strict=True):
-                device = TeeDevice(
-                    router,
-                    vm=endpoint.vm,
-                    limits=config.limits,
-                    request_queues=config.request_queues,
-                    clock=time.monotonic,
-                    new_epoch=lambda: secrets.randbits(64),
-                    trace=trace,
-                )
-                devices.append(device)
-                nursery.start_soon(_serve_one, device, listener, dataplane, config.require_sealed, nursery.cancel_scope)
             nursery.start_soon(_until_signal, nursery.cancel_scope)
-            if metrics is not None and exporter is not None:
-                metrics.watch(tee, devices)
-                # while metrics are made into text the data plane shall not wait for its turn
-                sys.setswitchinterval(SWITCH_INTERVAL)
-                nursery.start_soon(export, exporter, metrics.render)
-            ready()
+            async with trio.open_nursery() as guests:
+                for endpoint, listener in zip(config.endpoints, listeners, strict=True):
+                    device = TeeDevice(
+                        router,
+                        vm=endpoint.vm,
+                        limits=config.limits,
+                        request_queues=config.request_queues,
+                        clock=time.monotonic,
+                        new_epoch=lambda: secrets.randbits(64),
+                        trace=trace,
+                    )
+                    devices.append(device)
+                    guests.start_soon(_serve_one, device, listener, dataplane, config.require_sealed)
+                if metrics is not None and exporter is not None:
+                    metrics.watch(tee, devices)
+                    # while metrics are made into text the data plane shall not wait for its turn
+                    sys.setswitchinterval(SWITCH_INTERVAL)
+                    nursery.start_soon(export, exporter, metrics.render)
+                ready()
+            # only connected sockets come to an end: all their frontends have gone
+            nursery.cancel_scope.cancel()
 
 
 def _listen(endpoint: Endpoint) -> Listener:
     if endpoint.path is not None:
         return Listener.at_path(endpoint.path)
     assert endpoint.fd is not None
-    return Listener.from_fd(endpoint.fd)
+    try:
+        return Listener.from_fd(endpoint.fd)
+    except ValueError as e:
+        raise OSError(str(e)) from None
 
 
 def _attach(dataplane: DataPlane, router: Router) -> None:
@@ -113,13 +120,9 @@ def _attach(dataplane: DataPlane, router: Router) -> None:
         dataplane.watch(fd, router.run)
 
 
-async def _serve_one(
-    device: TeeDevice, listener: Listener, dataplane: DataPlane, require_sealed: bool, everything: trio.CancelScope
-) -> None:
+async def _serve_one(device: TeeDevice, listener: Listener, dataplane: DataPlane, require_sealed: bool) -> None:
     log.info("vm %s: waiting for a frontend", device.vm)
     await serve_socket(device, listener, dataplane, require_sealed=require_sealed)
-    # only a connected socket comes to an end: its one frontend has gone
-    everything.cancel()
 
 
 async def _until_signal(everything: trio.CancelScope) -> None:

@@ -16,6 +16,9 @@ class Slot(Protocol):
 class Port(Protocol):
     """One guest's rings and memory, as its epochs use them."""
 
+    memory_version: int
+    """Another number whenever the guest's memory may have changed its places."""
+
     def views(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[memoryview], Leased]:
         """The bytes of guest-physical (address, length) ranges, in place. Raises MemoryFault outside guest memory."""
 
@@ -24,6 +27,9 @@ class Port(Protocol):
 
     def look_for_requests(self) -> None:
         """Take all requests that the request queues hold now."""
+
+    def fail(self, why: str) -> None:
+        """Serving this guest has failed: end its connection, and nothing else."""
 
 
 class Leased(Protocol):

@@ -46,6 +46,8 @@ class RegionEntry:
     memory: Memory
     lease: Leased | None
     ident: int = 0
+    version: int = 0
+    """Of the guest's memory, when the region was last seen to lie in it."""
     ready: bool = False
     users: int = 0
     unregister: Pending | None = None

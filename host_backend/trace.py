@@ -89,7 +89,7 @@ class Trace(Recorder):
         self._out = out
         self._out.write("[\n")
         self._vms: dict[str, int] = {}
-        self._open: dict[tuple[str, str, int], tuple[float, str, str]] = {}
+        self._open: dict[tuple[str, str, int], tuple[float, str]] = {}
         """When each began that has not ended, its route and name."""
         self._broken: dict[tuple[str, int], Exception] = {}
 
@@ -120,10 +120,6 @@ class Trace(Recorder):
 
     def mark(self, vm: str, what: str, **details: Any) -> None:
         self._instant(vm, "life", what, details)
-        if what == "epoch ended":
-            # nobody is told how these end
-            for key, (_, _, name) in [one for one in self._open.items() if one[0][:2] == (vm, "requests")]:
-                self._end(vm, "requests", name, key[2], {"from": "guest", "to": "device", "status": "ABANDONED"})
 
     def broken(self, vm: str, index: int, error: Exception) -> None:
         if self._broken.get((vm, index)) is not error:
@@ -137,13 +133,13 @@ class Trace(Recorder):
         self, vm: str, lane: str, name: str, key: int, args: dict[str, Any] | None = None, route: str = ""
     ) -> None:
         now = _now()
-        self._open[vm, lane, key] = (now, route, name)
+        self._open[vm, lane, key] = (now, route)
         event = {"name": name, "ph": "b", "cat": lane, "id": key, "ts": now, "args": args or {}}
         self._write(vm, event)
 
     def _end(self, vm: str, lane: str, name: str, key: int, args: dict[str, Any]) -> None:
         now = _now()
-        began, route, _ = self._open.pop((vm, lane, key), (now, "", ""))
+        began, route = self._open.pop((vm, lane, key), (now, ""))
         if route:
             args["route"] = route
         args["took_us"] = round(now - began, 3)

@@ -18,16 +18,19 @@ from typing import Any
 from pyvhost import effects as fx
 from pyvhost.effects import Answer, Effect, RegionInfo, RingSetup
 from pyvhost.errors import FormatError, MessageError, ProtocolError
+from pyvhost.inflight import region_size
 from pyvhost.messages import (
     CONFIG,
     CONFIG_F_MIGRATION,
     FRONTEND_PAYLOADS,
     HEADER,
+    INFLIGHT,
     MAX_CONFIG,
     MAX_PAYLOAD,
     MEM_TABLE,
     REGION,
     U64,
+    VRING_ADDR_F_LOG,
     VRING_INDEX_MASK,
     VRING_NOFD,
     VRING_STATE,
@@ -35,10 +38,14 @@ from pyvhost.messages import (
     Flag,
     FrontendRequest,
     ProtocolFeature,
+    TransferDirection,
+    TransferPhase,
     encode,
 )
 from pyvhost.ringstate import RING_TABLE, RingAction, RingEvent, RingState
-from pyvhost.vring.split import valid_size
+from pyvhost.vring.packed import INITIAL_BASE
+from pyvhost.vring.packed import valid_size as valid_packed_size
+from pyvhost.vring.split import MAX_SIZE, valid_size
 
 __all__ = ["MEM_SLOTS", "MEM_TABLE_REGIONS", "RING_FEATURES", "RULES", "Backend", "DeviceInfo"]
 
@@ -50,8 +57,13 @@ MEM_TABLE_REGIONS = 8  #: regions in one SET_MEM_TABLE
 #: user-mode-linux always sends its whole array of two regions, whatever the count says
 _UML_MEM_TABLE_BYTES = MEM_TABLE.size + 2 * REGION.size
 
+#: the inflight description may end with what C pads its struct with, as QEMU's does
+_INFLIGHT_PADDING = (0, 4)
+
 #: what the rings of this library can do, offered for every device
-RING_FEATURES = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
+RING_FEATURES = (
+    Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED | Feature.PROTOCOL_FEATURES
+)
 
 _NO_FEATURE = ProtocolFeature(0)
 
@@ -67,6 +79,9 @@ class DeviceInfo:
     max_queue_size: int = 1024
     features: int = 0
     config_size: int = 0
+    in_order: bool = False
+    logs_writes: bool = True
+    has_state: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_queues <= VRING_INDEX_MASK + 1:
@@ -91,7 +106,9 @@ class _Ring:
 
     @property
     def setup(self) -> RingSetup:
-        return RingSetup(self.size, self.base, self.addr.desc, self.addr.avail, self.addr.used)
+        addr = self.addr
+        log = addr.log if addr.flags & VRING_ADDR_F_LOG else None
+        return RingSetup(self.size, self.base, addr.desc, addr.avail, addr.used, log)
 
 
 @dataclass(slots=True)
@@ -129,6 +146,8 @@ class Backend:
     _regions: list[RegionInfo] = field(default_factory=list)
     _fds: set[int] = field(default_factory=set)  # all that are ours to close
     _channel: int | None = None
+    _log_fd: int | None = None
+    _reply_fds: tuple[int, ...] = ()  # of the reply that is under way
     _resuming: bool = False  # what was concluded when the first ring of those that run now started
     _touched: bool = False  # a queue has been set up since the start, or the last reset
 
@@ -139,7 +158,17 @@ class Backend:
 
     @property
     def offered_features(self) -> int:
-        return int(self.info.features | RING_FEATURES)  # plain, because ~ of an IntFlag knows only named bits
+        features = self.info.features | RING_FEATURES
+        if self.info.in_order:
+            features |= Feature.IN_ORDER
+        if self.info.logs_writes:
+            features |= Feature.LOG_ALL
+        return int(features)  # plain, because ~ of an IntFlag knows only named bits
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rings are packed ones."""
+        return bool(self.features & Feature.RING_PACKED)
 
     @property
     def offered_protocol_features(self) -> ProtocolFeature:
@@ -188,12 +217,11 @@ class Backend:
             if reply is None and need_reply:
                 reply = U64.pack(0)
             if reply is not None:
-                yield fx.Reply(encode(number, reply, Flag.REPLY))
+                reply_fds, self._reply_fds = self._reply_fds, ()
+                yield fx.Reply(encode(number, reply, Flag.REPLY), reply_fds)
             return
-        refusal: bytes | None = None
-        if number == FrontendRequest.GET_CONFIG:
-            refusal = b""  # how this one says no
-        elif need_reply and not has_reply:
+        refusal = _REFUSALS.get(number)
+        if need_reply and not has_reply:
             refusal = U64.pack(1)
         if refusal is None or self.closed:
             self.closed = True
@@ -369,7 +397,8 @@ class Backend:
     def _set_vring_num(self, message: _Message) -> Steps:
         index, size = message.body
         ring = self._ring(index)
-        if not valid_size(size) or size > self.info.max_queue_size:
+        valid = valid_packed_size if self.packed else valid_size
+        if not valid(size) or size > self.info.max_queue_size:
             raise MessageError(f"a ring of {size} entries")
         if size != ring.size:
             yield from self._reconfigure(index)
@@ -381,7 +410,7 @@ class Backend:
     def _set_vring_base(self, message: _Message) -> Steps:
         index, base = message.body
         ring = self._ring(index)
-        if base > 0xFFFF:
+        if base > 0xFFFF and not self.packed:
             raise MessageError(f"a base of {base:#x} for a split ring")
         yield from self._reconfigure(index)
         ring.base = base
@@ -390,11 +419,15 @@ class Backend:
     def _set_vring_addr(self, message: _Message) -> Steps:
         addr = message.body
         ring = self._ring(addr.index)
-        if addr.desc & 15 or addr.avail & 1 or addr.used & 3:
+        if addr.desc & 15 or addr.avail & (3 if self.packed else 1) or addr.used & 3:
             raise MessageError("a part of a ring is misaligned")
-        if ring.live and addr != ring.addr:
-            yield fx.MoveQueue(addr.index, RingSetup(ring.size, ring.base, addr.desc, addr.avail, addr.used))
-        ring.addr = addr
+        old, ring.addr = ring.addr, addr
+        if ring.live and addr != old:
+            try:
+                yield fx.MoveQueue(addr.index, ring.setup)
+            except ProtocolError:
+                ring.addr = old
+                raise
         yield from self._start_if_ready(addr.index)
         return None
 
@@ -514,7 +547,9 @@ class Backend:
         """Whether all started rings go on where GET_VRING_BASE said they would, and that means something: with every
         base at its initial value it does only if this frontend tells of resets."""
         started = [r for r in self.rings if r.state.started]
-        return all(r.answered == r.base for r in started) and (self.reset_seen or any(r.base != 0 for r in started))
+        initial = INITIAL_BASE if self.packed else 0
+        moved = any(r.base != initial for r in started)
+        return all(r.answered == r.base for r in started) and (self.reset_seen or moved)
 
     def _begin_anew(self) -> Generator[Effect, Answer, None]:
         for index, ring in enumerate(self.rings):
@@ -525,7 +560,63 @@ class Backend:
         self._touched = False
         yield fx.ResetDevice(told=False)
 
+    # --- what is in flight, and what was written
+
+    def _inflight_bytes(self, body: Any) -> int:
+        """Bytes of an inflight region for so many queues of that size."""
+        if not 1 <= body.num_queues <= len(self.rings) or not 1 <= body.queue_size <= MAX_SIZE:
+            raise MessageError(f"an inflight region for {body.num_queues} queues of {body.queue_size}")
+        return int(body.num_queues * region_size(body.queue_size))
+
+    def _get_inflight_fd(self, message: _Message) -> Steps:
+        body = message.body
+        if len(message.tail) not in _INFLIGHT_PADDING:
+            raise MessageError("GET_INFLIGHT_FD of another size")
+        size = self._inflight_bytes(body)
+        if self.packed:
+            size = 0  # how to say that there is none
+        else:
+            fd = yield fx.MakeInflight(size)
+            self._reply_fds = (fd,)
+        return INFLIGHT.pack(size, 0, body.num_queues, body.queue_size) + bytes(len(message.tail))
+
+    def _set_inflight_fd(self, message: _Message) -> Steps:
+        body = message.body
+        if len(message.tail) not in _INFLIGHT_PADDING:
+            raise MessageError("SET_INFLIGHT_FD of another size")
+        if self.packed:
+            raise MessageError("an inflight region for packed rings, which is not implemented")
+        if body.mmap_size < self._inflight_bytes(body):
+            raise MessageError(f"an inflight region of {body.mmap_size} bytes, which is too small")
+        yield fx.SetInflight(message.fds[0], body.mmap_offset, body.num_queues, body.queue_size)
+        return None
+
+    def _set_log_base(self, message: _Message) -> Steps:
+        yield fx.SetLog(message.fds[0], message.body.offset, message.body.size)
+        return U64.pack(0)
+
+    def _set_log_fd(self, message: _Message) -> Steps:
+        fd = message.fds.pop()
+        yield fx.SetLogSignal(fd)
+        old, self._log_fd = self._log_fd, fd
+        yield from self._close(old)
+        return None
+
     # --- device state
+
+    def _set_device_state_fd(self, message: _Message) -> Steps:
+        direction, phase = message.body
+        if direction not in (TransferDirection.SAVE, TransferDirection.LOAD) or phase != TransferPhase.STOPPED:
+            raise MessageError(f"a transfer of state in direction {direction}, phase {phase}")
+        if any(ring.state.started for ring in self.rings):
+            raise MessageError("a transfer of state while rings are started")
+        yield fx.TransferState(message.fds[0], direction == TransferDirection.LOAD)
+        self._fds.discard(message.fds.pop())
+        return U64.pack(VRING_NOFD)  # no fd of ours: use the one that was given
+
+    def _check_device_state(self, message: _Message) -> Steps:
+        yield fx.CheckState()
+        return U64.pack(0)
 
     def _reset_device(self, message: _Message) -> Steps:
         for index, ring in enumerate(self.rings):
@@ -585,12 +676,29 @@ RULES: Mapping[FrontendRequest, Rule] = {
     _F.REM_MEM_REG: Rule(Backend._rem_mem_reg, _P.CONFIGURE_MEM_SLOTS, fds=(0, 1)),
     _F.SET_STATUS: Rule(Backend._set_status, _P.STATUS),
     _F.GET_STATUS: Rule(Backend._get_status, _P.STATUS, replies=True),
+    _F.GET_INFLIGHT_FD: Rule(Backend._get_inflight_fd, _P.INFLIGHT_SHMFD, tail=True, replies=True),
+    _F.SET_INFLIGHT_FD: Rule(Backend._set_inflight_fd, _P.INFLIGHT_SHMFD, fds=(1, 1), tail=True),
+    _F.SET_LOG_BASE: Rule(Backend._set_log_base, _P.LOG_SHMFD, fds=(1, 1), replies=True),
+    _F.SET_LOG_FD: Rule(Backend._set_log_fd, _P.LOG_SHMFD, fds=(1, 1)),
+    _F.SET_DEVICE_STATE_FD: Rule(Backend._set_device_state_fd, _P.DEVICE_STATE, fds=(1, 1), replies=True),
+    _F.CHECK_DEVICE_STATE: Rule(Backend._check_device_state, _P.DEVICE_STATE, replies=True),
+}
+
+#: how requests that have a reply of their own say no; the others cannot
+_REFUSALS: Mapping[int, bytes] = {
+    _F.GET_CONFIG: b"",
+    _F.SET_DEVICE_STATE_FD: U64.pack(VRING_NOFD | 1),
+    _F.CHECK_DEVICE_STATE: U64.pack(1),
 }
 
 
 def offered_protocol_features(info: DeviceInfo) -> ProtocolFeature:
-    """All that ``RULES`` has a request for, and those without one. CONFIG only for a device that has a config space."""
+    """All that ``RULES`` has a request for, and those without one, but for what this device does not have."""
     offered = _FLAG_FEATURES
     for rule in RULES.values():
         offered |= rule.needs
-    return offered if info.config_size else offered & ~ProtocolFeature.CONFIG
+    has = {_P.CONFIG: info.config_size, _P.LOG_SHMFD: info.logs_writes, _P.DEVICE_STATE: info.has_state}
+    for feature, there in has.items():
+        if not there:
+            offered &= ~feature
+    return offered

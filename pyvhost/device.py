@@ -43,6 +43,11 @@ class Link(Protocol):
         """Have ``process(index)`` called in the next turn of the loop."""
         ...
 
+    def tracked(self, index: int) -> bool:
+        """Whether the frontend keeps an inflight region for queue ``index``. Without, ``recovered`` is empty, and what
+        another backend may have taken is available (again) as if it were new."""
+        ...
+
     def post(self, call: Callable[[], object]) -> None:
         """Have ``call`` called on the data-plane thread; dropped if the connection has ended by then. The one method
         that **any thread** may use: for the results of blocking work."""
@@ -70,6 +75,20 @@ class Device:
     features: int = 0
     #: bytes of config space; 0: none
     config_size: int = 0
+    #: offer VIRTIO_F_IN_ORDER: the library gives requests back in the order in which the driver made them available,
+    #: in whatever order they are completed. For devices whose requests take about the same time
+    in_order: bool = False
+    #: whether all that the device writes to guest memory outside of requests' writable parts, or after their
+    #: completion, is told by ``mark_dirty()`` or by leases with ``writes``. Without it, the guest cannot be migrated
+    #: live
+    logs_writes: bool = True
+    #: bytes of device state, at most, that ``save_state()`` and ``load_state()`` transfer; 0: the device has none, or
+    #: cannot. Beyond some MiB, it holds up the data plane
+    max_state_size: int = 0
+    #: microseconds for which queues go on looking at an empty ring before they ask for kicks: quicker answers for a
+    #: busy processor, and all other work of the data plane waits meanwhile. About 50 is what it takes; the compiled
+    #: queue spins less often while that is in vain, the pure one holds up all other threads too
+    spin_us: int = 0
 
     # --- what the library knows: kept up to date by it, each before the hook that tells of it
 
@@ -108,8 +127,11 @@ class Device:
         """Queue ``index`` can be used from now on; ``process(index)`` follows at once.
 
         ``resumed``: this ends a pause. Requests that were in flight when it was stopped are in flight on ``queue``
-        and can be pushed. Otherwise nothing is in flight, and heads from before must be forgotten; if there was a
-        before, ``reset()`` has been called.
+        and can be pushed. Otherwise heads from before must be forgotten; if there was a before, ``reset()`` has been
+        called. Nothing is in flight then but ``queue.recovered``: what a backend that died, or lost its frontend, had
+        taken and not returned, in the order of taking. ``pop()`` gives them out again first, so that a device whose
+        requests can be done twice need not care. Others take them from there, here or at the first ``process()``, and
+        complete them with an error.
         """
 
     def queue_stopped(self, index: int) -> None:
@@ -121,6 +143,17 @@ class Device:
     def reset(self) -> None:
         """Forget all driver state: RESET_DEVICE came, or the rings start in a way that shows a reset. No queue is
         started. If something still uses guest memory, do not process queues until it has let go."""
+
+    def save_state(self) -> bytes:
+        """The device's state, for another backend that shall go on with this driver: up to ``max_state_size`` bytes.
+        All queues are stopped, and nothing is in flight unless the frontend keeps an inflight region, which then goes
+        with the guest. Raise ``ProtocolError`` to refuse."""
+        raise MessageError("this device's state cannot be saved")
+
+    def load_state(self, data: bytes) -> None:
+        """Go on from what ``save_state()`` returned, in another process, maybe of another version: check it. Raise
+        ``ProtocolError`` to refuse. Queues start afterwards, not ``resumed``, at the bases where they were stopped."""
+        raise MessageError("this device's state cannot be loaded")
 
     def disconnected(self) -> None:
         """The frontend is gone; queues are stopped, memory will be unmapped when the last lease is released."""

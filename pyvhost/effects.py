@@ -11,11 +11,13 @@ from typing import Any
 
 __all__ = [
     "AddRegion",
+    "CheckState",
     "CloseFd",
     "DisableQueue",
     "Effect",
     "EnableQueue",
     "Hangup",
+    "MakeInflight",
     "MoveQueue",
     "Negotiated",
     "ReadConfig",
@@ -29,9 +31,13 @@ __all__ = [
     "SetCall",
     "SetChannel",
     "SetErr",
+    "SetInflight",
     "SetKick",
+    "SetLog",
+    "SetLogSignal",
     "StartQueue",
     "StopQueue",
+    "TransferState",
     "WriteConfig",
 ]
 
@@ -48,13 +54,15 @@ class RegionInfo:
 
 @dataclass(frozen=True, slots=True)
 class RingSetup:
-    """How a ring is to be set up. ``desc``, ``avail``, ``used`` are addresses in the frontend."""
+    """How a ring is to be set up. ``desc``, ``avail``, ``used`` are addresses in the frontend; ``log`` is the guest
+    address that stands for the used ring in the dirty log, None: its writes are not logged."""
 
     size: int
     base: int
     desc: int
     avail: int
     used: int
+    log: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +72,10 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Reply(Effect):
-    """Send these bytes to the frontend."""
+    """Send these bytes to the frontend, with these file descriptors, which are to be closed then."""
 
     data: bytes
+    fds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +222,57 @@ class WriteConfig(Effect):
     offset: int
     data: bytes
     migration: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MakeInflight(Effect):
+    """Answer: the file descriptor of ``size`` fresh zeroed bytes of shared memory that cannot shrink. Throw
+    ``MemoryFault`` in if there are none."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetInflight(Effect):
+    """Rings that start from now on record what they have in flight in this shared memory: ``queues`` parts, each for
+    a ring of ``queue_size`` entries. Throw ``MemoryFault`` in if it cannot be mapped."""
+
+    fd: int
+    offset: int
+    queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetLog(Effect):
+    """Log dirty pages in this shared memory from now on. Throw ``MemoryFault`` in if it cannot be mapped."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetLogSignal(Effect):
+    """Signal this eventfd when pages were logged."""
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferState(Effect):
+    """Begin to write the device's state to this file descriptor, or (``load``) to read one from it, and close it at
+    the end, whatever comes of it. All rings are stopped. Throw ``ProtocolError`` in to refuse; then it stays the
+    machine's."""
+
+    fd: int
+    load: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckState(Effect):
+    """The transfer is over: have the device take a state that was read. Throw ``ProtocolError`` in if that, or the
+    transfer, failed, or is not over."""
 
 
 #: what may be sent back for an effect

@@ -19,18 +19,24 @@ from pyvhost.messages import (
     BACKEND_PAYLOADS,
     CONFIG,
     HEADER,
+    INFLIGHT,
+    LOG,
     MAX_PAYLOAD,
     MEM_REGION,
     MEM_TABLE,
     REGION,
+    TRANSFER_STATE,
     U64,
     VRING_ADDR,
+    VRING_ADDR_F_LOG,
     VRING_STATE,
     BackendRequest,
     Feature,
     Flag,
     FrontendRequest,
     ProtocolFeature,
+    TransferDirection,
+    TransferPhase,
     encode,
 )
 
@@ -39,7 +45,7 @@ __all__ = ["FrontendMachine", "Send"]
 _F, _P = FrontendRequest, ProtocolFeature
 
 #: what a frontend of this library understands: all that its backend can do
-KNOWN_PROTOCOL_FEATURES = offered_protocol_features(DeviceInfo(1, config_size=1))
+KNOWN_PROTOCOL_FEATURES = offered_protocol_features(DeviceInfo(1, config_size=1, has_state=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +103,10 @@ class FrontendMachine:
         if ack and _parse(U64, request, reply).value != 0:
             raise RequestFailed(f"{request.name} was refused")
 
-    def _ask(self, request: FrontendRequest, payload: bytes = b"") -> Generator[Send, bytes | None, bytes]:
-        reply = yield Send(request, encode(request, payload), (), True)
+    def _ask(
+        self, request: FrontendRequest, payload: bytes = b"", fds: Sequence[int] = ()
+    ) -> Generator[Send, bytes | None, bytes]:
+        reply = yield Send(request, encode(request, payload), tuple(fds), True)
         return reply or b""
 
     def _ask_u64(self, request: FrontendRequest) -> Asks:
@@ -122,11 +130,11 @@ class FrontendMachine:
         if self.protocol_features & _P.CONFIGURE_MEM_SLOTS:
             self.mem_slots = yield from self._ask_u64(_F.GET_MAX_MEM_SLOTS)
         yield from self._send(_F.SET_OWNER)
-        self.features = self.offered & (wanted | Feature.PROTOCOL_FEATURES)
+        self.features = self.offered & (wanted & ~Feature.LOG_ALL | Feature.PROTOCOL_FEATURES)
 
-    def acknowledge(self) -> Steps:
-        """SET_FEATURES with what was agreed on."""
-        yield from self._send(_F.SET_FEATURES, U64.pack(self.features))
+    def acknowledge(self, *, log: bool = False) -> Steps:
+        """SET_FEATURES with what was agreed on; ``log``: and LOG_ALL, for as long as dirty pages are to be logged."""
+        yield from self._send(_F.SET_FEATURES, U64.pack(self.features | (Feature.LOG_ALL if log else 0)))
 
     def set_channel(self, fd: int) -> Steps:
         """Give the backend a socket for its own requests; only if BACKEND_REQ was agreed on."""
@@ -155,15 +163,26 @@ class FrontendMachine:
         """Everything about a ring but enabling it, in QEMU's order."""
         yield from self._send(_F.SET_VRING_NUM, VRING_STATE.pack(index, ring.size))
         yield from self._send(_F.SET_VRING_BASE, VRING_STATE.pack(index, ring.base))
-        yield from self._send(
-            _F.SET_VRING_ADDR,
-            VRING_ADDR.pack(index=index, flags=0, desc=ring.desc, used=ring.used, avail=ring.avail, log=0),
-        )
+        yield from self.set_ring_addr(index, ring)
         if err is not None:
             yield from self._send(_F.SET_VRING_ERR, U64.pack(index), [err])
         if call is not None:
             yield from self._send(_F.SET_VRING_CALL, U64.pack(index), [call])
         yield from self._send(_F.SET_VRING_KICK, U64.pack(index), [kick])
+
+    def set_ring_addr(self, index: int, ring: RingSetup) -> Steps:
+        """Where a ring is, and whether and where its used ring is logged; also while it runs."""
+        yield from self._send(
+            _F.SET_VRING_ADDR,
+            VRING_ADDR.pack(
+                index=index,
+                flags=0 if ring.log is None else VRING_ADDR_F_LOG,
+                desc=ring.desc,
+                used=ring.used,
+                avail=ring.avail,
+                log=ring.log or 0,
+            ),
+        )
 
     def enable(self, index: int, on: bool = True) -> Steps:
         """Nothing without PROTOCOL_FEATURES: rings are enabled then."""
@@ -189,6 +208,38 @@ class FrontendMachine:
 
     def get_status(self) -> Asks:
         return (yield from self._ask_u64(_F.GET_STATUS))
+
+    # --- what is in flight, and what was written; each only if its protocol feature was agreed on
+
+    def get_inflight(self, queues: int, queue_size: int) -> Generator[Send, bytes | None, tuple[int, int]]:
+        """Size and offset of a fresh inflight region, whose file descriptor comes with the reply."""
+        reply = yield from self._ask(_F.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, queue_size))
+        body = _parse(INFLIGHT, _F.GET_INFLIGHT_FD, reply)
+        return body.mmap_size, body.mmap_offset
+
+    def set_inflight(self, fd: int, size: int, offset: int, queues: int, queue_size: int) -> Steps:
+        yield from self._send(_F.SET_INFLIGHT_FD, INFLIGHT.pack(size, offset, queues, queue_size), [fd])
+
+    def set_log(self, fd: int, size: int, offset: int = 0) -> Steps:
+        yield from self._ask(_F.SET_LOG_BASE, LOG.pack(size, offset), [fd])
+
+    def set_log_fd(self, fd: int) -> Steps:
+        yield from self._send(_F.SET_LOG_FD, fds=[fd])
+
+    # --- the device's state, while all rings are stopped; only if DEVICE_STATE was agreed on
+
+    def set_device_state_fd(self, fd: int, *, load: bool) -> Steps:
+        """:raises RequestFailed: the backend refuses"""
+        direction = TransferDirection.LOAD if load else TransferDirection.SAVE
+        body = TRANSFER_STATE.pack(direction, TransferPhase.STOPPED)
+        reply = yield from self._ask(_F.SET_DEVICE_STATE_FD, body, [fd])
+        if _parse(U64, _F.SET_DEVICE_STATE_FD, reply).value & 0xFF:
+            raise RequestFailed("SET_DEVICE_STATE_FD was refused")
+
+    def check_device_state(self) -> Steps:
+        """:raises RequestFailed: the transfer failed"""
+        if (yield from self._ask_u64(_F.CHECK_DEVICE_STATE)):
+            raise RequestFailed("the backend says that the transfer of its state failed")
 
     # --- config space
 

@@ -8,6 +8,10 @@ belongs to the data-plane thread.
 Slices that ``translate()`` returned also keep their bytes mapped for as long as they live, because a Python buffer
 cannot be unmapped under its exports; a lease is for whoever hands an *address* on (to an ioctl, to C), or wants to
 know when memory is free.
+
+Live migration needs to know what a device has written. The writable part of a request is logged when the request is
+completed; whoever writes elsewhere, or later, says so: ``GuestMemory.mark_dirty()``, ``Lease.mark_dirty()``, or a lease
+that is taken with ``writes=True``.
 """
 
 from __future__ import annotations
@@ -90,18 +94,35 @@ class Region:
 
 class Lease:
     """Keeps mappings alive until ``release()``; a context manager. ``views`` are the leased ranges, each as
-    translated pieces."""
+    translated pieces. ``dirty`` logs the ranges as written."""
 
-    __slots__ = ("_mappings", "views")
+    __slots__ = ("_dirty", "_mappings", "_writes", "views")
 
-    def __init__(self, mappings: Iterable[Mapping], views: tuple[tuple[memoryview, ...], ...]) -> None:
+    def __init__(
+        self,
+        mappings: Iterable[Mapping],
+        views: tuple[tuple[memoryview, ...], ...],
+        *,
+        dirty: Callable[[], object] | None = None,
+        writes: bool = False,
+    ) -> None:
         self._mappings = tuple(mappings)
+        self._dirty = dirty
+        self._writes = writes
         self.views = views
         for mapping in self._mappings:
             mapping.acquire()
 
+    def mark_dirty(self) -> None:
+        """The leased ranges were written: a live migration shall copy them (again). Nothing after ``release()``."""
+        if self._dirty is not None:
+            self._dirty()
+
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """Let go; a second call does nothing. With ``writes``, the ranges are logged as written."""
+        if self._writes:
+            self.mark_dirty()
+        self._dirty = None
         mappings, self._mappings = self._mappings, ()
         self.views = ()
         for mapping in mappings:
@@ -118,13 +139,15 @@ class Lease:
 
 class GuestMemory:
     """A snapshot of the memory table. Regions may touch, but not overlap, neither in guest nor in user addresses.
+    ``dirty`` logs a range, guest address and length, as written.
 
     :raises MemoryFault: overlapping regions
     """
 
-    __slots__ = ("_by_user", "_closed", "_starts", "_user_starts", "regions")
+    __slots__ = ("_by_user", "_closed", "_dirty", "_starts", "_user_starts", "regions")
 
-    def __init__(self, regions: Iterable[Region] = ()) -> None:
+    def __init__(self, regions: Iterable[Region] = (), *, dirty: Callable[[int, int], object] | None = None) -> None:
+        self._dirty = dirty
         #: ordered by guest address
         self.regions: tuple[Region, ...] = tuple(sorted(regions, key=lambda r: r.guest_addr))
         self._by_user = tuple(sorted(self.regions, key=lambda r: r.user_addr))
@@ -159,7 +182,7 @@ class GuestMemory:
 
         :raises MemoryFault: it overlaps another
         """
-        return GuestMemory((*self.regions, region))
+        return GuestMemory((*self.regions, region), dirty=self._dirty)
 
     def without_region(self, guest_addr: int, user_addr: int, size: int) -> GuestMemory:
         """A new snapshot without that region. This one stays open.
@@ -169,7 +192,7 @@ class GuestMemory:
         rest = [r for r in self.regions if (r.guest_addr, r.user_addr, r.size) != (guest_addr, user_addr, size)]
         if len(rest) == len(self.regions):
             raise MemoryFault("no such memory region")
-        return GuestMemory(rest)
+        return GuestMemory(rest, dirty=self._dirty)
 
     def find(self, addr: int) -> Region:
         """The region that holds guest address ``addr``.
@@ -224,15 +247,24 @@ class GuestMemory:
                 return region.view[offset : offset + length]
         raise MemoryFault("user address range outside of all memory regions")
 
-    def lease(self, *ranges: tuple[int, int]) -> Lease:
+    def mark_dirty(self, addr: int, length: int) -> None:
+        """The ``length`` bytes at guest address ``addr`` were written outside of a request's writable part, or after
+        it was completed. To be called after the writing; costs nothing unless a live migration is on."""
+        if self._dirty is not None:
+            self._dirty(addr, length)
+
+    def lease(self, *ranges: tuple[int, int], writes: bool = False) -> Lease:
         """Keep the mappings of ``ranges`` (each a guest address and a length) until the lease is released; of all
-        regions if none are given. ``lease.views`` are the ranges, translated.
+        regions if none are given. ``lease.views`` are the ranges, translated. ``writes``: whoever holds the lease
+        writes to them, so its end logs them as written.
 
         :raises MemoryFault: part of a range is in no region
         """
         if not ranges:
-            return Lease((r.mapping for r in self.regions), ())
-        views = tuple(self.translate(addr, length) for addr, length in ranges)
+            ranges = tuple((r.guest_addr, r.size) for r in self.regions)
+            views: tuple[tuple[memoryview, ...], ...] = ()
+        else:
+            views = tuple(self.translate(addr, length) for addr, length in ranges)
         held: dict[int, Mapping] = {}
         for addr, length in ranges:
             end = addr + length
@@ -240,4 +272,11 @@ class GuestMemory:
                 region = self.find(addr)
                 held[id(region.mapping)] = region.mapping
                 addr = region.guest_addr + region.size
-        return Lease(held.values(), views)
+        mark = self._dirty
+
+        def dirty() -> None:
+            if mark is not None:
+                for addr, length in ranges:
+                    mark(addr, length)
+
+        return Lease(held.values(), views, dirty=dirty if mark is not None else None, writes=writes)

@@ -42,6 +42,8 @@ __all__ = [
     "Flag",
     "FrontendRequest",
     "ProtocolFeature",
+    "TransferDirection",
+    "TransferPhase",
     "describe",
     "encode",
 ]
@@ -178,6 +180,19 @@ class DeviceStatus(IntFlag):
     FEATURES_OK = 8
     NEEDS_RESET = 64
     FAILED = 128
+
+
+class TransferDirection(IntEnum):
+    """Of SET_DEVICE_STATE_FD."""
+
+    SAVE = 0  #: the backend writes its state
+    LOAD = 1
+
+
+class TransferPhase(IntEnum):
+    """Of SET_DEVICE_STATE_FD: when the transfer happens."""
+
+    STOPPED = 0  #: all rings are stopped
 
 
 # --- layouts

@@ -13,14 +13,16 @@ from typing import Any, Protocol, TypeVar
 from pyvhost import effects as fx
 from pyvhost.backend import Backend, DeviceInfo
 from pyvhost.device import Device
+from pyvhost.dirtylog import AtomicOr, DirtyLog, RingLog
 from pyvhost.effects import Effect, RegionInfo, RingSetup
-from pyvhost.errors import Disconnected, MemoryFault, ProtocolError, RingError
+from pyvhost.errors import Disconnected, MemoryFault, MessageError, ProtocolError, RingError
+from pyvhost.inflight import SplitInflight, region_size
 from pyvhost.memory import GuestMemory, Region
 from pyvhost.memory import Mapping as MemoryMapping
 from pyvhost.messages import BackendRequest, Feature, ProtocolFeature, encode
 from pyvhost.vring.api import Fences
-from pyvhost.vring.split import SplitLayout
-from pyvhost.vring.split_device import SplitDeviceQueue
+from pyvhost.vring.choice import QueueFactory, part_sizes, queue_class
+from pyvhost.vring.in_order import InOrderPackedQueue, InOrderSplitQueue
 
 __all__ = ["Ports", "Session"]
 
@@ -42,7 +44,25 @@ class Ports(Protocol):
         """
         ...
 
+    def allocate(self, size: int) -> int:
+        """A file descriptor of fresh zeroed memory that can be mapped and cannot shrink.
+
+        :raises MemoryFault: there is none
+        """
+        ...
+
+    def atomic_or(self, view: memoryview) -> AtomicOr | None:
+        """What sets bits in one byte of a mapped ``view`` atomically; None: this system cannot."""
+        ...
+
     def close_fd(self, fd: int) -> None: ...
+
+    def transfer(self, fd: int, data: bytes | None, limit: int, done: Callable[[bytes | None], object]) -> None:
+        """Write ``data`` to ``fd``, or, if it is None, read ``limit`` bytes at most from it up to its end; then close
+        it and call ``done`` on this thread, with what was read (b"" after writing), or None if it failed. Never
+        blocks. A ``CHECK_DEVICE_STATE`` that comes meanwhile is to be given to ``receive()`` afterwards.
+        """
+        ...
 
     def watch(self, fd: int, call: Callable[[], object]) -> None:
         """Call when ``fd`` (an eventfd of the frontend's) is signalled.
@@ -96,12 +116,43 @@ class _Link:
     def wake(self, index: int) -> None:
         self._session.wake(index)
 
+    def tracked(self, index: int) -> bool:
+        return self._session.tracked[index]
+
     def post(self, call: Callable[[], object]) -> None:
         self._session.ports.post(lambda: self._session.guarded(call))
 
     def close(self, why: str) -> None:
         if self._session.open:
             self._session.ports.hang_up(why)
+
+
+class _Inflight:
+    """The inflight region of a connection."""
+
+    __slots__ = ("mapping", "queue_size", "queues")
+
+    def __init__(self, mapping: MemoryMapping, queues: int, queue_size: int) -> None:
+        self.mapping = mapping
+        self.queues = queues
+        self.queue_size = queue_size
+
+    def part(self, index: int) -> SplitInflight | None:
+        """The recorder of queue ``index``; None: the region has no part for it."""
+        if index >= self.queues:
+            return None
+        size = region_size(self.queue_size)
+        return SplitInflight(self.mapping.view[index * size : (index + 1) * size], self.queue_size)
+
+
+class _Transfer:
+    """A transfer of device state, and how it went."""
+
+    __slots__ = ("failed", "over")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.failed: ProtocolError | None = None
 
 
 class Session:
@@ -116,44 +167,63 @@ class Session:
         "_call",
         "_channel",
         "_err",
+        "_inflight",
         "_kick",
+        "_log_fd",
         "_reported",
+        "_transfer",
         "_waiting",
         "backend",
         "device",
+        "dirty_log",
         "failed",
         "open",
         "ports",
         "touched",
+        "tracked",
     )
 
     def __init__(self, device: Device, ports: Ports) -> None:
         self.device = device
         self.ports = ports
         self.backend = Backend(
-            DeviceInfo(device.num_queues, device.max_queue_size, device.features, device.config_size)
+            DeviceInfo(
+                device.num_queues,
+                device.max_queue_size,
+                device.features,
+                device.config_size,
+                device.in_order,
+                device.logs_writes,
+                device.max_state_size > 0,
+            )
         )
         count = device.num_queues
         self._awake = [False] * count  # running: enabled, and not stopped
         self._waiting = [False] * count  # a look at the queue is already due in the next turn
         self._reported = [False] * count  # that it is broken
+        self.tracked = [False] * count  # what it has in flight is recorded
         self._kick: list[int | None] = [None] * count
         self._call: list[int | None] = [None] * count
         self._err: list[int | None] = [None] * count
         self._channel: int | None = None
+        self._inflight: _Inflight | None = None
+        self._log_fd: int | None = None
+        self._transfer: _Transfer | None = None
+        self.dirty_log = DirtyLog(ports.fences.order)
         self.open = True
         self.failed = False  # a hook raised
         self.touched = False  # something was called on the device since the loop last looked
         device.queues = [None] * count
-        device.memory = GuestMemory()
+        device.memory = GuestMemory(dirty=self.dirty_log.mark)
         device.acked_features = 0
         device.link = _Link(self)
         device.connected(device.link)
 
     # --- the control plane's calls
 
-    def receive(self, header: bytes, payload: bytes, fds: list[int]) -> bytes:
-        """Obey one message of the frontend; the reply to send, if any. Takes ``fds`` over.
+    def receive(self, header: bytes, payload: bytes, fds: list[int]) -> fx.Reply | None:
+        """Obey one message of the frontend; the reply to send, if any, whose file descriptors are then the caller's.
+        Takes ``fds`` over.
 
         :raises Disconnected: the connection is to be closed
         """
@@ -176,15 +246,19 @@ class Session:
         device = self.device
         memory, device.memory = device.memory, GuestMemory()
         device.queues = [None] * device.num_queues
+        self.dirty_log.remap(None)
+        if self._inflight is not None:
+            self._inflight.mapping.discard()
+            self._inflight = None
         try:
             device.disconnected()
         except Exception:
             log.exception("%s.disconnected()", type(device).__name__)
         memory.close()
 
-    def _do(self, steps: Generator[Effect, Any, None], closing: bool = False) -> bytes:
+    def _do(self, steps: Generator[Effect, Any, None], closing: bool = False) -> fx.Reply | None:
         """Drive the machine through one message. ``closing``: whatever hooks raise, go on to the end."""
-        reply = b""
+        reply: fx.Reply | None = None
         answer: Any = None
         error: ProtocolError | None = None
         while True:
@@ -194,7 +268,7 @@ class Session:
                 return reply
             error = answer = None
             if isinstance(effect, fx.Reply):
-                reply = effect.data
+                reply = effect
                 continue
             if isinstance(effect, fx.Hangup):
                 raise Disconnected(effect.why)
@@ -224,6 +298,13 @@ class Session:
         queue = self.device.queues[index]
         if queue is not None and queue.broken is not None and not self._reported[index]:
             self._report(index, queue.broken)
+        if self.dirty_log.touched:
+            self._tell_logged()
+
+    def _tell_logged(self) -> None:
+        self.dirty_log.touched = False
+        if self._log_fd is not None:
+            self.ports.signal(self._log_fd)
 
     def guarded(self, call: Callable[[], _T]) -> _T | None:
         """Call something of the device's (a wakeup, ``run()``, what was posted); nothing it raises gets out."""
@@ -235,6 +316,9 @@ class Session:
         except Exception as e:
             self.fail(e)
             return None
+        finally:
+            if self.dirty_log.touched:
+                self._tell_logged()
 
     def fail(self, error: Exception) -> None:
         """The device raised: no hook is called any more but those of the end, and the connection is closed."""
@@ -268,6 +352,8 @@ class Session:
         self.ports.close_fd(effect.fd)
         if effect.fd == self._channel:
             self._channel = None
+        if effect.fd == self._log_fd:
+            self._log_fd = None
         for fds in (self._call, self._err):
             for index, fd in enumerate(fds):
                 if fd == effect.fd:
@@ -275,6 +361,12 @@ class Session:
 
     def _negotiated(self, effect: fx.Negotiated) -> None:
         self.device.acked_features = effect.features
+        enabled = bool(effect.features & Feature.LOG_ALL)
+        if enabled is not self.dirty_log.enabled:
+            self.dirty_log.enabled = enabled
+            for index, queue in enumerate(self.device.queues):
+                if queue is not None and not queue.stopped:
+                    queue.log_to(self._ring_log(self.backend.rings[index].setup))
         self.device.negotiated(effect.features)
 
     def _map(self, info: RegionInfo, fd: int) -> Region:
@@ -290,7 +382,7 @@ class Session:
         try:
             for info, fd in effect.regions:
                 regions.append(self._map(info, fd))
-            memory = GuestMemory(regions)
+            memory = GuestMemory(regions, dirty=self.dirty_log.mark)
         except MemoryFault:
             for region in regions:
                 region.mapping.discard()
@@ -313,7 +405,7 @@ class Session:
     def _new_memory(self, memory: GuestMemory) -> None:
         old, self.device.memory = self.device.memory, memory
         for index, queue in enumerate(self.device.queues):
-            if isinstance(queue, SplitDeviceQueue) and not queue.stopped:
+            if queue is not None and not queue.stopped:
                 try:
                     queue.rebind(memory, *self._parts(memory, self.backend.rings[index].setup))
                 except ProtocolError as e:
@@ -341,11 +433,11 @@ class Session:
         self._channel = effect.fd
 
     def _parts(self, memory: GuestMemory, setup: RingSetup) -> tuple[memoryview, memoryview, memoryview]:
-        layout = SplitLayout(setup.size)
+        desc, avail, used = part_sizes(self.backend.packed, setup.size)
         return (
-            memory.translate_user(setup.desc, layout.desc_bytes),
-            memory.translate_user(setup.avail, layout.avail_bytes),
-            memory.translate_user(setup.used, layout.used_bytes),
+            memory.translate_user(setup.desc, desc),
+            memory.translate_user(setup.avail, avail),
+            memory.translate_user(setup.used, used),
         )
 
     def _start_queue(self, effect: fx.StartQueue) -> None:
@@ -358,7 +450,12 @@ class Session:
             if fd is not None:
                 self.ports.signal(fd)
 
-        queue = SplitDeviceQueue(
+        packed = self.backend.packed
+        if features & Feature.IN_ORDER:
+            kind: QueueFactory = InOrderPackedQueue if packed else InOrderSplitQueue
+        else:
+            kind = queue_class(packed)
+        queue = kind(
             setup.size,
             memory,
             *self._parts(memory, setup),
@@ -367,10 +464,16 @@ class Session:
             indirect=bool(features & Feature.INDIRECT_DESC),
             event_idx=bool(features & Feature.EVENT_IDX),
             signal=signal,
+            spin_us=device.spin_us,
         )
         paused = device.queues[index]
         if effect.resumed and paused is not None:
             queue.adopt(paused)
+        part = self._inflight.part(index) if self._inflight is not None and not packed else None
+        if part is not None:
+            queue.track(part)
+        self.tracked[index] = part is not None
+        queue.log_to(self._ring_log(setup))
         device.queues[index] = queue
         self._reported[index] = False
         self._awake[index] = True
@@ -379,9 +482,13 @@ class Session:
 
     def _move_queue(self, effect: fx.MoveQueue) -> None:
         queue = self.device.queues[effect.index]
-        if isinstance(queue, SplitDeviceQueue):
+        if queue is not None:
             memory = self.device.memory
             queue.rebind(memory, *self._parts(memory, effect.setup))
+            queue.log_to(self._ring_log(effect.setup))
+
+    def _ring_log(self, setup: RingSetup) -> RingLog | None:
+        return RingLog(self.dirty_log.mark, setup.log) if self.dirty_log.enabled else None
 
     def _enable_queue(self, effect: fx.EnableQueue) -> None:
         self._awake[effect.index] = True
@@ -401,6 +508,11 @@ class Session:
         return base
 
     def _reset_device(self, effect: fx.ResetDevice) -> None:
+        if self._inflight is not None:
+            for index in range(self._inflight.queues):
+                part = self._inflight.part(index)
+                if part is not None:
+                    part.clear()
         self.device.queues = [None] * self.device.num_queues
         self.device.reset()
 
@@ -409,6 +521,56 @@ class Session:
 
     def _write_config(self, effect: fx.WriteConfig) -> None:
         self.device.write_config(effect.offset, effect.data)
+
+    def _make_inflight(self, effect: fx.MakeInflight) -> int:
+        return self.ports.allocate(effect.size)
+
+    def _set_inflight(self, effect: fx.SetInflight) -> None:
+        size = effect.queues * region_size(effect.queue_size)
+        mapping = self.ports.map(effect.fd, size, effect.offset)
+        old, self._inflight = self._inflight, _Inflight(mapping, effect.queues, effect.queue_size)
+        if old is not None:
+            old.mapping.discard()
+
+    def _set_log(self, effect: fx.SetLog) -> None:
+        mapping = self.ports.map(effect.fd, effect.size, effect.offset)
+        self.dirty_log.remap(mapping, self.ports.atomic_or(mapping.view))
+
+    def _set_log_signal(self, effect: fx.SetLogSignal) -> None:
+        self._log_fd = effect.fd
+
+    def _transfer_state(self, effect: fx.TransferState) -> None:
+        if self._transfer is not None and not self._transfer.over:
+            raise MessageError("a transfer of state while another one is under way")
+        device = self.device
+        data: bytes | None = None
+        if not effect.load:
+            for index, queue in enumerate(device.queues):
+                if queue is not None and queue.in_flight and not self.tracked[index]:
+                    raise MessageError("requests are in flight, and there is no inflight region to go with them")
+            data = device.save_state()
+            if len(data) > device.max_state_size:
+                raise MessageError(f"a state of {len(data)} bytes, more than the device's maximum")
+        transfer = self._transfer = _Transfer()
+
+        def done(result: bytes | None) -> None:
+            transfer.over = True
+            try:
+                if result is None:
+                    raise MessageError("the transfer of state failed")
+                if effect.load:
+                    device.load_state(result)
+            except ProtocolError as e:
+                transfer.failed = e
+
+        self.ports.transfer(effect.fd, data, device.max_state_size, lambda result: self.guarded(lambda: done(result)))
+
+    def _check_state(self, effect: fx.CheckState) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None or not transfer.over:
+            raise MessageError("CHECK_DEVICE_STATE, and no transfer is over")
+        if transfer.failed is not None:
+            raise transfer.failed
 
     def _refused(self, effect: fx.Refused) -> None:
         log.warning("refused a message: %s", effect.why)
@@ -432,5 +594,11 @@ _DO: Mapping[type[Effect], Callable[[Session, Any], Any]] = {
     fx.ResetDevice: Session._reset_device,
     fx.ReadConfig: Session._read_config,
     fx.WriteConfig: Session._write_config,
+    fx.MakeInflight: Session._make_inflight,
+    fx.SetInflight: Session._set_inflight,
+    fx.SetLog: Session._set_log,
+    fx.SetLogSignal: Session._set_log_signal,
+    fx.TransferState: Session._transfer_state,
+    fx.CheckState: Session._check_state,
     fx.Refused: Session._refused,
 }

@@ -1,8 +1,8 @@
 """Helpers for tests of queues and devices: both sides of a ring in plain memory, without a socket, a thread or a
 system call.
 
-``ring_pair()`` gives an honest driver and the device's side of its ring. ``RawRing`` is a driver that writes whatever
-it is told to, for tests with a hostile one.
+``ring_pair()`` gives an honest driver and the device's side of its ring. ``RawRing`` and ``RawPackedRing`` are drivers
+that write whatever they are told to, for tests with a hostile one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pyvhost.memory import GuestMemory, Mapping, Region
-from pyvhost.vring.api import Fences
+from pyvhost.vring import packed as packed_ring
+from pyvhost.vring.api import DeviceQueue, Fences
+from pyvhost.vring.choice import part_sizes, queue_class
+from pyvhost.vring.packed import DESC_F_AVAIL, DESC_F_USED, INITIAL_BASE, PackedLayout
+from pyvhost.vring.packed_driver import PackedDriverQueue
 from pyvhost.vring.split import DESC, SplitLayout
-from pyvhost.vring.split_device import SplitDeviceQueue
 from pyvhost.vring.split_driver import SplitDriverQueue
 
-__all__ = ["RawRing", "RingPair", "plain_memory", "ring_pair"]
+__all__ = ["RawPackedRing", "RawRing", "RingPair", "plain_memory", "ring_pair"]
 
 #: between guest and user addresses of ``plain_memory``
 USER_OFFSET = 0x7F00_0000_0000
@@ -35,9 +38,10 @@ class RingPair:
     does not use."""
 
     memory: GuestMemory
-    driver: SplitDriverQueue
-    device: SplitDeviceQueue
+    driver: SplitDriverQueue | PackedDriverQueue
+    device: DeviceQueue
     data: int
+    parts: tuple[memoryview, memoryview, memoryview]  #: of the ring, as a device queue takes them
     signals: list[int] = field(default_factory=list)  #: one entry for each signal of the device's
 
     def write(self, addr: int, data: bytes) -> None:
@@ -53,38 +57,45 @@ class RingPair:
 def ring_pair(
     size: int = 8,
     *,
-    base: int = 0,
+    base: int | None = None,
     event_idx: bool = False,
     indirect: int = 0,
     regions: Sequence[tuple[int, int]] = ((0x1000, 1 << 16),),
+    packed: bool = False,
+    queue: str | None = None,
 ) -> RingPair:
-    """A ring at the start of the first region. ``base``: both sides' indexes start there, as after that many
-    requests."""
+    """A ring at the start of the first region. ``base``: both sides are there, as after that many requests; for a
+    packed ring, as ``pack_base()`` makes it. ``queue``: "pure" or "compiled", by default whichever would be served.
+    """
+    if base is None:
+        base = INITIAL_BASE if packed else 0
     memory = plain_memory(*regions)
     address = regions[0][0]
-    layout = SplitLayout(size)
-    total = SplitDriverQueue.memory_size(size, indirect)
+    kind = PackedDriverQueue if packed else SplitDriverQueue
+    total = kind.memory_size(size, indirect)
     (view,) = memory.translate(address, total)
-    avail = view[layout.avail_offset :][: layout.avail_bytes]
-    used = view[layout.used_offset :][: layout.used_bytes]
-    avail[2:4] = used[2:4] = base.to_bytes(2, "little")
-    driver = SplitDriverQueue(
-        size, view, address, fences=Fences.none(), event_idx=event_idx, indirect=indirect, base=base
+    layout = PackedLayout(size) if packed else SplitLayout(size)
+    desc_bytes, avail_bytes, used_bytes = part_sizes(packed, size)
+    parts = (
+        view[:desc_bytes],
+        view[layout.avail_offset :][:avail_bytes],
+        view[layout.used_offset :][:used_bytes],
     )
-    pair = RingPair(memory, driver, None, address + total)  # type: ignore[arg-type]
-    pair.device = SplitDeviceQueue(
+    if not packed:
+        parts[1][2:4] = parts[2][2:4] = base.to_bytes(2, "little")
+    driver = kind(size, view, address, fences=Fences.none(), event_idx=event_idx, indirect=indirect, base=base)
+    signals: list[int] = []
+    device = queue_class(packed, queue)(
         size,
         memory,
-        view[: layout.desc_bytes],
-        avail,
-        used,
+        *parts,
         fences=Fences.none(),
         base=base,
         indirect=bool(indirect),
         event_idx=event_idx,
-        signal=lambda: pair.signals.append(1),
+        signal=lambda: signals.append(1),
     )
-    return pair
+    return RingPair(memory, driver, device, address + total, parts, signals)
 
 
 class RawRing:
@@ -94,7 +105,15 @@ class RawRing:
     ``data`` is the guest address where the ring ends.
     """
 
-    def __init__(self, size: int, memory: GuestMemory, *, indirect: bool = True, event_idx: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        memory: GuestMemory,
+        *,
+        indirect: bool = True,
+        event_idx: bool = False,
+        queue: str | None = None,
+    ) -> None:
         self.size = size
         self.memory = memory
         self.layout = SplitLayout(size)
@@ -103,7 +122,7 @@ class RawRing:
         (view,) = memory.translate(self.address, self.layout.total_bytes)
         self.view = view
         self.signals = 0
-        self.device = SplitDeviceQueue(
+        self.device = queue_class(False, queue)(
             size,
             memory,
             view[: self.layout.desc_bytes],
@@ -155,3 +174,86 @@ class RawRing:
 
     def _set(self, at: int, value: int) -> None:
         self.view[at : at + 2] = value.to_bytes(2, "little")
+
+
+class RawPackedRing:
+    """As ``RawRing``, for a packed ring. ``at`` is where ``offer()`` goes on; it leaves alone what it does not
+    write."""
+
+    def __init__(
+        self,
+        size: int,
+        memory: GuestMemory,
+        *,
+        indirect: bool = True,
+        event_idx: bool = False,
+        queue: str | None = None,
+        base: int = INITIAL_BASE,
+    ) -> None:
+        self.size = size
+        self.memory = memory
+        self.layout = layout = PackedLayout(size)
+        self.address = memory.regions[0].guest_addr
+        self.data = self.address + layout.total_bytes
+        (view,) = memory.translate(self.address, layout.total_bytes)
+        self.view = view
+        self.signals = 0
+        self.at, self._wrap, self._back, self._back_wrap = packed_ring.unpack_base(base)
+        self.device = queue_class(True, queue)(
+            size,
+            memory,
+            view[: layout.desc_bytes],
+            view[layout.avail_offset :][: layout.avail_bytes],
+            view[layout.used_offset :][: layout.used_bytes],
+            fences=Fences.none(),
+            base=base,
+            indirect=indirect,
+            event_idx=event_idx,
+            signal=self._signal,
+        )
+
+    def _signal(self) -> None:
+        self.signals += 1
+
+    def offer(self, *descriptors: tuple[int, int, int, int]) -> None:
+        """Make descriptors available: each an address, a length, an id, and flags but for those of availability."""
+        for addr, length, head, flags in descriptors:
+            flags |= DESC_F_AVAIL if self._wrap else DESC_F_USED
+            self.desc(self.at, addr, length, head, flags)
+            self.at += 1
+            if self.at == self.size:
+                self.at = 0
+                self._wrap ^= 1
+
+    def desc(self, index: int, addr: int, length: int, head: int = 0, flags: int = 0) -> None:
+        """Write descriptor ``index`` as it is."""
+        self.view[16 * index : 16 * index + 16] = packed_ring.DESC.pack(addr, length, head, flags)
+
+    def table(self, addr: int, *descriptors: tuple[int, int, int, int]) -> int:
+        """Write an indirect table at guest address ``addr``; its length in bytes."""
+        data = b"".join(packed_ring.DESC.pack(*d) for d in descriptors)
+        for view in self.memory.translate(addr, len(data)):
+            view[:] = data
+        return len(data)
+
+    def event(self, position: int, flags: int) -> None:
+        """Write the driver's event suppression structure."""
+        at = self.layout.avail_offset
+        self.view[at : at + 4] = position.to_bytes(2, "little") + flags.to_bytes(2, "little")
+
+    def used(self, *counts: int) -> list[tuple[int, int]]:
+        """What the device has returned since the last call: (id, length). ``counts`` are the descriptors of each
+        request expected; one each by default."""
+        result: list[tuple[int, int]] = []
+        expected = list(counts)
+        while len(result) < self.size:
+            _, length, head, flags = packed_ring.DESC.unpack(self.view, 16 * self._back)
+            both = DESC_F_AVAIL | DESC_F_USED
+            if flags & both != (both if self._back_wrap else 0):
+                break
+            result.append((head, length))
+            self._back += expected.pop(0) if expected else 1
+            if self._back >= self.size:
+                self._back -= self.size
+                self._back_wrap ^= 1
+        return result

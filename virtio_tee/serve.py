@@ -74,7 +74,25 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     metavar="FILE",
     help="Public key (PEM) of a TA signer. Who holds its private key runs code in this process.",
 )
+@click.option(
+    "--built-in-tas",
+    is_flag=True,
+    help="Have the example TAs without loading them; for tests and benchmarks: a guest can panic and stall them.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=4, show_default=True, help="Threads of the soft TEE.")
+@click.option(
+    "--storage-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="At least 16 secret bytes under which the soft TEE seals what TAs store. Without it, a random key: what they "
+    "store is lost when this process ends.",
+)
+@click.option(
+    "--longest-call",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="End a TA's call that takes longer than this. Default: no end.",
+)
 @click.option("--request-queues", type=click.IntRange(1, 64), default=1, show_default=True, help="Request queues.")
 @click.option("--require-sealed", is_flag=True, help="Refuse guest memory that could shrink (and so kill the process).")
 @click.option(
@@ -104,7 +122,10 @@ def serve(
     vms: tuple[str, ...],
     kind: str,
     keys: tuple[Path, ...],
+    built_in_tas: bool,
     threads: int,
+    storage_key: Path | None,
+    longest_call: float | None,
     request_queues: int,
     require_sealed: bool,
     trace: Path | None,
@@ -150,7 +171,8 @@ def serve(
         raise click.UsageError(str(e)) from None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        trio.run(lambda: run(_soft(keys, threads), config, trace=recorder, ready=_ready))
+        tee = _soft(keys, threads, built_in_tas, storage_key, longest_call)
+        trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
             click.echo(f"virtio-tee serve: {error}", err=True)
@@ -164,17 +186,34 @@ def _ready() -> None:
     systemd.notify("READY=1")
 
 
-def _soft(keys: tuple[Path, ...], threads: int) -> TeeDriver:
+def _soft(
+    keys: tuple[Path, ...],
+    threads: int,
+    built_in_tas: bool,
+    storage_key: Path | None,
+    longest_call: float | None,
+) -> TeeDriver:
     import logging
     import secrets
     import time
 
     from tee.soft.driver import SoftTee
 
-    return SoftTee(
-        clock=time.monotonic,
-        random=secrets.token_bytes,
-        keys=[key.read_bytes() for key in keys],
-        threads=threads,
-        log=logging.getLogger("tee.soft").warning,
-    )
+    built_in = None
+    if built_in_tas:
+        from tee.soft import examples
+
+        built_in = examples.built_in()
+    try:
+        return SoftTee(
+            clock=time.monotonic,
+            random=secrets.token_bytes,
+            keys=[key.read_bytes() for key in keys],
+            built_in=built_in,
+            threads=threads,
+            storage_key=storage_key.read_bytes() if storage_key is not None else None,
+            longest_call=longest_call,
+            log=logging.getLogger("tee.soft").warning,
+        )
+    except ValueError as e:  # a key that is none
+        raise click.UsageError(str(e)) from None

@@ -73,14 +73,15 @@ def ensure_qemu(target: str = TARGETS[0]) -> QemuBuild:
         hostdeps.require("lab")
         (new / "share" / "qemu").mkdir(parents=True)
         (new / "bin").mkdir()
-        _firmware(list(firmware.values()), new / "share" / "qemu")
+        copy_firmware(list(firmware.values()), new / "share" / "qemu")
         _compile(source, target, new)
 
     root = build_once("qemu", f"{source.version.split(':')[-1].split('+')[0]}-{target}-{key}", make)
     return QemuBuild(root, target, source.version)
 
 
-def _firmware(debs: list[Path], into: Path) -> None:
+def copy_firmware(debs: list[Path], into: Path) -> None:
+    """What QEMU looks for with `-L`, from packages."""
     with scratch("firmware") as folder:
         for deb in debs:
             unpack_deb(deb, folder)

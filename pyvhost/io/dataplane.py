@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Protocol
 
 from pyvhost.errors import MessageError, StateError
+from pyvhost.io.signals import Signaller
 
 __all__ = ["DataPlane", "Runner"]
 
@@ -56,6 +57,9 @@ class DataPlane:
         self._runners: dict[Runner, float | None] = {}  # when each is due, on the monotonic clock
         self._epoll.register(self._command, select.EPOLLIN)
         self._thread: threading.Thread | None = None
+        self._signaller = Signaller(name)
+        self.signal = self._signaller.signal  #: on the thread only: signal a frontend's eventfd
+        self.close_fd = self._signaller.close  #: on the thread only: close a frontend's file descriptor
         self._lock = threading.Lock()
         self._stopping = False
         self._ended = False
@@ -71,6 +75,7 @@ class DataPlane:
             raise StateError("a data plane is started once")
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         self._thread.start()
+        self._signaller.start()
 
     def stop(self) -> None:
         """Do what was posted so far, end the thread and wait for it. A second call does nothing."""
@@ -146,6 +151,7 @@ class DataPlane:
                 self._guarded(self._commands.popleft())
             self._epoll.close()
             os.close(self._command)
+            self._signaller.stop()
 
     def _turns(self) -> None:
         poll, calls, ready, runners = self._epoll.poll, self._calls, self._ready, self._runners

@@ -23,20 +23,24 @@ import select
 import socket
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from pyvhost.dirtylog import PAGE
 from pyvhost.effects import RegionInfo, RingSetup
 from pyvhost.errors import Disconnected, MessageError, StateError
 from pyvhost.frontend import KNOWN_PROTOCOL_FEATURES, FrontendMachine, Send
 from pyvhost.io.fence import host_fences
-from pyvhost.io.sockets import rights
+from pyvhost.io.sockets import ANCILLARY_BYTES, fds_of, rights
+from pyvhost.io.transfer import read_all, write_all
 from pyvhost.memory import GuestMemory, Mapping, Region
 from pyvhost.messages import HEADER, BackendRequest, Feature, ProtocolFeature
 from pyvhost.vring.api import DriverQueue
+from pyvhost.vring.packed import INITIAL_BASE
+from pyvhost.vring.packed_driver import PackedDriverQueue
 from pyvhost.vring.split_driver import SplitDriverQueue
 
-__all__ = ["Frontend", "Queue", "Ram"]
+__all__ = ["Frontend", "Inflight", "Queue", "Ram"]
 
 _T = TypeVar("_T")
 
@@ -44,6 +48,8 @@ _T = TypeVar("_T")
 DEFAULT_FEATURES = int(Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX)
 
 _PAGE = mmap.PAGESIZE
+
+_MAX_STATE = 1 << 30  # bytes of device state
 
 
 class Ram:
@@ -158,6 +164,20 @@ class Queue:
             os.close(fd)
 
 
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """An inflight region that a backend made, kept for it and for the next one. ``size`` and ``offset`` in bytes."""
+
+    fd: int
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Frontend:
     """One connection to a backend. The order of calls: ``negotiate()``, ``add_queue()`` for each queue, ``start()``.
 
@@ -175,27 +195,15 @@ class Frontend:
         self.queues: dict[int, Queue] = {}
         self._channel: socket.socket | None = None
         self._memory_sent = False
+        self._reply_fds: list[int] = []
+        self._log: mmap.mmap | None = None
+        self.inflight: Inflight | None = None
         self.running = False
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], *, ram: Ram | None = None, timeout: float = 5.0) -> Frontend:
         """:raises OSError: nobody listens there"""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        end = time.monotonic() + timeout
-        try:
-            sock.settimeout(timeout)
-            while True:
-                try:
-                    sock.connect(os.fspath(path))
-                    break
-                except BlockingIOError:  # a Unix socket with a full backlog says so at once
-                    if time.monotonic() > end:
-                        raise TimeoutError("too many wait for this backend already") from None
-                    time.sleep(0.005)
-            return cls(sock, ram=ram, timeout=timeout)
-        except OSError:
-            sock.close()
-            raise
+        return cls(_connect(path, timeout), ram=ram, timeout=timeout)
 
     def __enter__(self) -> Frontend:
         return self
@@ -211,6 +219,9 @@ class Frontend:
         for queue in self.queues.values():
             queue.close()
         self.queues = {}
+        if self.inflight is not None:
+            self.inflight.close()
+            self.inflight = None
         for ram in self._slots:
             if ram is not self.ram or self._own_ram:
                 ram.close()
@@ -226,6 +237,9 @@ class Frontend:
                 self.send(send.data, send.fds)
                 reply = None
                 if send.answered:
+                    for fd in self._reply_fds:
+                        os.close(fd)
+                    self._reply_fds = []
                     header = self._receive(HEADER.size)
                     reply = self._receive(self.machine.reply_size(send.request, header))
         except StopIteration as end:
@@ -248,7 +262,10 @@ class Frontend:
         data = b""
         while len(data) < size:
             try:
-                part = (sock or self._socket).recv(size - len(data))
+                part, ancillary, flags, _ = (sock or self._socket).recvmsg(
+                    size - len(data), ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+                fds_of(ancillary, flags, self._reply_fds)
             except TimeoutError:
                 raise
             except OSError as e:
@@ -283,7 +300,7 @@ class Frontend:
         """
         features = self.machine.features
         tables = indirect if features & Feature.INDIRECT_DESC else 0
-        bytes_needed = SplitDriverQueue.memory_size(size, tables)
+        bytes_needed = self._driver.memory_size(size, tables)
         address = self.ram.alloc(bytes_needed, _PAGE)
         queue = Queue(
             index,
@@ -296,19 +313,35 @@ class Frontend:
         self.queues[index] = queue
         return queue
 
-    def _new_ring(self, size: int, address: int, tables: int) -> tuple[SplitDriverQueue, RingSetup]:
-        view = self.ram.at(address, SplitDriverQueue.memory_size(size, tables))
+    @property
+    def _packed(self) -> bool:
+        return bool(self.machine.features & Feature.RING_PACKED)
+
+    @property
+    def _driver(self) -> type[SplitDriverQueue] | type[PackedDriverQueue]:
+        return PackedDriverQueue if self._packed else SplitDriverQueue
+
+    def _new_ring(self, size: int, address: int, tables: int) -> tuple[DriverQueue, RingSetup]:
+        features = self.machine.features
+        view = self.ram.at(address, self._driver.memory_size(size, tables))
         view[:] = bytes(len(view))
-        ring = SplitDriverQueue(
-            size,
-            view,
-            address,
-            fences=host_fences(),
-            event_idx=bool(self.machine.features & Feature.EVENT_IDX),
-            indirect=tables,
-        )
+        event_idx = bool(features & Feature.EVENT_IDX)
+        ring: SplitDriverQueue | PackedDriverQueue
+        if self._packed:
+            ring = PackedDriverQueue(size, view, address, fences=host_fences(), event_idx=event_idx, indirect=tables)
+        else:
+            ring = SplitDriverQueue(
+                size,
+                view,
+                address,
+                fences=host_fences(),
+                event_idx=event_idx,
+                indirect=tables,
+                in_order=bool(features & Feature.IN_ORDER),
+            )
         shift = self.ram.user_addr - self.ram.guest_addr
-        setup = RingSetup(size, 0, ring.desc_addr + shift, ring.avail_addr + shift, ring.used_addr + shift)
+        base = INITIAL_BASE if self._packed else 0
+        setup = RingSetup(size, base, ring.desc_addr + shift, ring.avail_addr + shift, ring.used_addr + shift)
         return ring, setup
 
     def start(self) -> None:
@@ -316,7 +349,10 @@ class Frontend:
 
         :raises RequestFailed: the backend refused some of it
         """
-        self._do(self.machine.acknowledge())
+        self._do(self.machine.acknowledge(log=self._log is not None))
+        if self.inflight is not None:
+            kept = self.inflight
+            self._do(self.machine.set_inflight(kept.fd, kept.size, kept.offset, kept.queues, kept.queue_size))
         slots = bool(self.machine.protocol_features & ProtocolFeature.CONFIGURE_MEM_SLOTS)
         if not (slots and self._memory_sent):  # slots stay for the connection, a table is sent with each start
             self._do(self.machine.set_memory([(ram.info, ram.fd) for ram in self._slots]))
@@ -337,10 +373,39 @@ class Frontend:
             base = self._do(self.machine.stop_ring(queue.index))
             bases[queue.index] = base
             setup = queue.setup
-            queue.setup = RingSetup(setup.size, base, setup.desc, setup.avail, setup.used)
+            queue.setup = replace(setup, base=base)
             queue.started = False
         self.running = False
         return bases
+
+    def reconnect(self, path: str | os.PathLike[str]) -> None:
+        """Go on with another backend, as a VMM whose backend died: the same features, memory, rings and inflight
+        region; each ring's base is its used index, as nobody answered what it was.
+
+        :raises OSError: nobody listens there
+        :raises StateError: the new backend does not offer what was agreed on with the old one; or the rings are
+            packed, whose place only the old one knew
+        """
+        if self._packed:
+            raise StateError("packed rings cannot be taken over")
+        before = self.machine
+        timeout = self._socket.gettimeout()
+        self._socket.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._socket = _connect(path, timeout or 5.0)
+        self.machine = FrontendMachine()
+        self._memory_sent = False
+        self.negotiate(before.features, before.protocol_features)
+        if self.machine.features != before.features:
+            raise StateError("the new backend has other features")
+        for queue in self.queues.values():
+            queue.peer_fd = self._socket.fileno()
+            used = queue.setup.used - self.ram.user_addr + self.ram.guest_addr
+            base = int.from_bytes(self.ram.at(used + 2, 2), "little")
+            queue.setup = replace(queue.setup, base=base)
+        self.start()
 
     def reset(self, *, tell: bool = True) -> None:
         """A guest's reset: stop, and forget all rings and what was in flight. ``tell``: by RESET_DEVICE, if it was
@@ -354,6 +419,96 @@ class Frontend:
         for queue in self.queues.values():
             queue.close()
         self.queues = {}
+
+    # --- what is in flight
+
+    def track_inflight(self, queue_size: int = 256) -> bool:
+        """Get an inflight region from the backend, for rings of up to ``queue_size`` entries; it is given back at each
+        start. Before the first one, after ``negotiate()`` and ``add_queue()``. False if there is none to have."""
+        if not self.machine.protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
+            return False
+        queues = max(self.queues) + 1
+        self._do(self.machine.acknowledge())  # they decide on the region's layout
+        size, offset = self._do(self.machine.get_inflight(queues, queue_size))
+        if not size or not self._reply_fds:
+            return False
+        if self.inflight is not None:
+            self.inflight.close()
+        self.inflight = Inflight(self._reply_fds.pop(0), size, offset, queues, queue_size)
+        return True
+
+    # --- live migration
+
+    def start_log(self, signal_fd: int | None = None) -> None:
+        """Have the backend log what it writes to memory, used rings included; ``signal_fd`` tells of it."""
+        pages = -(-max(ram.guest_addr + ram.size for ram in self._slots) // PAGE)
+        size = -(-pages // (8 * _PAGE)) * _PAGE
+        fd = os.memfd_create("dirty-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._log = mmap.mmap(fd, size, mmap.MAP_SHARED)
+            self._do(self.machine.set_log(fd, size))
+        finally:
+            os.close(fd)
+        if signal_fd is not None:
+            self._do(self.machine.set_log_fd(signal_fd))
+        self._log_rings(True)
+
+    def stop_log(self) -> None:
+        self._log_rings(False)
+        self._log = None
+
+    def _log_rings(self, on: bool) -> None:
+        self._do(self.machine.acknowledge(log=on))
+        for queue in self.queues.values():
+            used = queue.setup.used - self.ram.user_addr + self.ram.guest_addr
+            queue.setup = replace(queue.setup, log=used if on else None)
+            self._do(self.machine.set_ring_addr(queue.index, queue.setup))
+
+    def take_dirty(self) -> set[int]:
+        """Numbers of the pages (guest address // 4096) that were written since the last call. For a test's use: marks
+        that come in this very moment may be lost."""
+        log = self._log
+        if log is None:
+            raise StateError("nothing is logged")
+        data = log[:]
+        log[:] = bytes(len(data))
+        return {8 * n + bit for n, byte in enumerate(data) if byte for bit in range(8) if byte >> bit & 1}
+
+    def save_state(self) -> bytes:
+        """The device's state; all rings must be stopped.
+
+        :raises RequestFailed: the backend refuses, or it failed
+        """
+        reader, writer = os.pipe()
+        try:
+            try:
+                self._do(self.machine.set_device_state_fd(writer, load=False))
+            finally:
+                os.close(writer)
+            data = read_all(reader, _MAX_STATE)
+        finally:
+            os.close(reader)
+        self._do(self.machine.check_device_state())
+        return data
+
+    def load_state(self, data: bytes) -> None:
+        """Give a device its state, before its rings are started.
+
+        :raises RequestFailed: the backend refuses, or cannot use it
+        """
+        reader, writer = os.pipe()
+        try:
+            try:
+                self._do(self.machine.set_device_state_fd(reader, load=True))
+            finally:
+                os.close(reader)
+            with contextlib.suppress(BrokenPipeError):  # it has seen enough
+                write_all(writer, data)
+        finally:
+            os.close(writer)
+        self._do(self.machine.check_device_state())
 
     # --- memory
 
@@ -410,3 +565,21 @@ class Frontend:
         if request is not BackendRequest.CONFIG_CHANGE_MSG:
             raise MessageError(f"{request.name}, for which nothing was agreed on")
         return request
+
+
+def _connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    end = time.monotonic() + timeout
+    try:
+        sock.settimeout(timeout)
+        while True:
+            try:
+                sock.connect(os.fspath(path))
+                return sock
+            except BlockingIOError:  # a Unix socket with a full backlog says so at once
+                if time.monotonic() > end:
+                    raise TimeoutError("too many wait for this backend already") from None
+                time.sleep(0.005)
+    except OSError:
+        sock.close()
+        raise

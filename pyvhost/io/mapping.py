@@ -16,12 +16,15 @@ import stat
 from pyvhost.errors import MemoryFault
 from pyvhost.memory import Mapping
 
-__all__ = ["Mapper"]
+__all__ = ["Mapper", "allocate"]
 
 log = logging.getLogger("pyvhost")
 
+_F_ADD_SEALS = getattr(fcntl, "F_ADD_SEALS", 1033)
 _F_GET_SEALS = getattr(fcntl, "F_GET_SEALS", 1034)
+_F_SEAL_SEAL = getattr(fcntl, "F_SEAL_SEAL", 1)
 _F_SEAL_SHRINK = getattr(fcntl, "F_SEAL_SHRINK", 2)
+_F_SEAL_GROW = getattr(fcntl, "F_SEAL_GROW", 4)
 
 
 def is_sealed(fd: int) -> bool:
@@ -30,6 +33,24 @@ def is_sealed(fd: int) -> bool:
         return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
     except OSError:
         return False  # not a memfd
+
+
+def allocate(size: int, name: str = "pyvhost-inflight") -> int:
+    """A new file descriptor of ``size`` zeroed bytes of shared memory, sealed against changes of its size.
+
+    :raises MemoryFault: the system has none
+    """
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as e:
+        raise MemoryFault(f"no shared memory: {e}") from None
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+    except OSError as e:
+        os.close(fd)
+        raise MemoryFault(f"no shared memory: {e}") from None
+    return fd
 
 
 class Mapper:

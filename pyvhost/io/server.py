@@ -21,13 +21,15 @@ import trio
 
 from pyvhost.backend import Backend
 from pyvhost.device import Device
+from pyvhost.effects import Reply
 from pyvhost.errors import Disconnected, MessageError, ProtocolError, StateError
 from pyvhost.io.dataplane import DataPlane
-from pyvhost.io.fence import host_fences
-from pyvhost.io.mapping import Mapper
-from pyvhost.io.sockets import ANCILLARY_BYTES, Listener, fds_of
+from pyvhost.io.fence import host_atomic_or, host_fences
+from pyvhost.io.mapping import Mapper, allocate
+from pyvhost.io.sockets import ANCILLARY_BYTES, Listener, fds_of, rights
+from pyvhost.io.transfer import read_all, write_all
 from pyvhost.memory import Mapping
-from pyvhost.messages import HEADER
+from pyvhost.messages import HEADER, FrontendRequest
 from pyvhost.session import Session
 from pyvhost.vring.api import Fences
 
@@ -38,6 +40,9 @@ log = logging.getLogger("pyvhost")
 _T = TypeVar("_T")
 
 _ACCEPT_PAUSE = 0.1  # seconds, after a failure to accept
+
+#: transfers of device state at a time, each in a thread, since what it reads or writes is the frontend's
+_TRANSFERS = trio.CapacityLimiter(8)
 
 
 async def serve(
@@ -90,6 +95,7 @@ async def _serve_one(
         except Exception:
             log.exception("connection ended by an error of the device")
         finally:
+            connection.end_transfers()
             with trio.CancelScope(shield=True):
                 await connection.call(functools.partial(connection.close, session))
 
@@ -102,14 +108,28 @@ async def _converse(connection: _Connection, session: Session, sock: trio.socket
         try:
             header = await _receive(sock, HEADER.size, fds)
             payload = await _receive(sock, Backend.payload_size(header), fds)
+            if HEADER.unpack(header).request == FrontendRequest.CHECK_DEVICE_STATE:
+                await connection.transferred()
             handed_over = True
-            reply = await connection.call(functools.partial(session.receive, header, payload, fds))
+            with trio.CancelScope(shield=True):  # file descriptors may come with the reply
+                reply = await connection.call(functools.partial(session.receive, header, payload, fds))
         finally:
             if not handed_over:
                 for fd in fds:
                     os.close(fd)
-        while reply:
-            reply = reply[await sock.send(reply) :]
+        if reply is not None:
+            await _send(sock, reply)
+
+
+async def _send(sock: trio.socket.SocketType, reply: Reply) -> None:
+    try:
+        sent = await sock.sendmsg([reply.data], rights(reply.fds))
+    finally:
+        for fd in reply.fds:
+            os.close(fd)
+    rest = reply.data[sent:]
+    while rest:
+        rest = rest[await sock.send(rest) :]
 
 
 async def _receive(sock: trio.socket.SocketType, size: int, fds: list[int]) -> bytes:
@@ -137,8 +157,15 @@ class _Connection:
         self._scope = scope
         self._runner: _Runner | None = None
         self._wakeups: list[int] = []
+        self._ended = False
+        self._transfer_scope = trio.CancelScope()
+        self._transferred = trio.Event()
+        self._transferred.set()
         self.fences: Fences = host_fences()
         self.map: Callable[[int, int, int], Mapping] = mapper.map
+        self.allocate = allocate
+        self.atomic_or = host_atomic_or
+        self.close_fd = dataplane.close_fd
         self.unwatch = dataplane.unwatch
         self.wake = dataplane.wake
 
@@ -160,6 +187,31 @@ class _Connection:
         if error:
             raise error.pop()  # not kept here: its traceback refers to this frame
         return outcome[0]
+
+    async def transferred(self) -> None:
+        """Wait until no transfer of device state is under way; it has a limit of time."""
+        await self._transferred.wait()
+
+    def end_transfers(self) -> None:
+        self._ended = True
+        self._transfer_scope.cancel()
+
+    def _start_transfer(self, fd: int, data: bytes | None, limit: int, done: Callable[[bytes | None], object]) -> None:
+        if self._ended:
+            os.close(fd)
+            return
+        self._transferred = trio.Event()
+        trio.lowlevel.spawn_system_task(self._transfer, _Work(fd, data, limit), done)
+
+    async def _transfer(self, work: _Work, done: Callable[[bytes | None], object]) -> None:
+        with contextlib.suppress(StateError), trio.CancelScope() as self._transfer_scope:
+            try:
+                if not self._ended:
+                    result = await trio.to_thread.run_sync(work.run, abandon_on_cancel=True, limiter=_TRANSFERS)
+                    await self.call(functools.partial(done, result))
+            finally:
+                work.never_started()
+                self._transferred.set()
 
     def _soon(self, function: Callable[[], object]) -> None:
         with contextlib.suppress(trio.RunFinishedError):  # nobody waits any more
@@ -190,17 +242,15 @@ class _Connection:
 
     # --- Ports, on the data-plane thread
 
-    def close_fd(self, fd: int) -> None:
-        os.close(fd)
-
     def watch(self, fd: int, call: Callable[[], object]) -> None:
         self._dataplane.watch(fd, call, edge=True)
 
     def signal(self, fd: int) -> None:
-        try:
-            os.eventfd_write(fd, 1)
-        except OSError:
-            log.debug("an eventfd of the frontend's cannot be written", exc_info=True)
+        if not self._dataplane.signal(fd):
+            self.hang_up("an eventfd of the frontend's was full")
+
+    def transfer(self, fd: int, data: bytes | None, limit: int, done: Callable[[bytes | None], object]) -> None:
+        self._soon(functools.partial(self._start_transfer, fd, data, limit, done))
 
     def check_channel(self, fd: int) -> None:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -221,6 +271,36 @@ class _Connection:
 
     def hang_up(self, why: str) -> None:
         self._soon(self._scope.cancel)
+
+
+class _Work:
+    """What a transfer's thread does; the file descriptor is closed once, by whoever can."""
+
+    def __init__(self, fd: int, data: bytes | None, limit: int) -> None:
+        self._fd: list[int] = [fd]
+        self._data = data
+        self._limit = limit
+
+    def run(self) -> bytes | None:
+        """What was read, b"" after writing, None after a failure."""
+        try:
+            fd = self._fd.pop()
+        except IndexError:
+            return None
+        try:
+            if self._data is None:
+                return read_all(fd, self._limit)
+            write_all(fd, self._data)
+            return b""
+        except OSError as e:
+            log.warning("the transfer of a device's state failed: %s", e)
+            return None
+        finally:
+            os.close(fd)
+
+    def never_started(self) -> None:
+        while self._fd:
+            os.close(self._fd.pop())
 
 
 class _Runner:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pyvhost.dirtylog import RingLog
 from pyvhost.errors import RingError
+from pyvhost.inflight import SplitInflight
+from pyvhost.memory import GuestMemory
 
 __all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Segment"]
 
@@ -16,12 +20,15 @@ Segment = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fences:
-    """The memory barriers a ring needs, as callables; ``pyvhost.io.fence.host_fences()`` has those of this machine."""
+    """What a ring needs of the machine, memory barriers and a clock, as callables; ``pyvhost.io.fence.host_fences()``
+    has those of this one."""
 
     #: no later load may pass an earlier store: before looking whether the other side went to sleep
     full: Callable[[], object]
     #: loads stay behind loads and stores behind stores; None where the hardware always sees to it (x86-64)
     order: Callable[[], object] | None = None
+    #: seconds on a clock that never goes back, for ``DeviceQueue.wait()``; None: it looks once
+    clock: Callable[[], float] | None = None
 
     @staticmethod
     def none() -> Fences:
@@ -115,6 +122,13 @@ class DeviceQueue(Protocol):
 
     size: int  #: ring entries
     broken: RingError | None
+    #: requests that the last backend had taken and not returned, in the order of taking; in flight here. ``pop()``
+    #: gives them out first; ``popleft()`` takes one as well
+    recovered: deque[Chain]
+    #: how long ``drain()`` goes on looking at an empty ring, in microseconds, before it asks for kicks. The compiled
+    #: queue does so without the interpreter's lock, and less often while it is in vain; the pure one holds up all
+    #: other threads. Either holds up all other queues of the data plane
+    spin_us: int
 
     def pop(self) -> Chain | None:
         """The next available request, or None: there is none now, or the queue is stopped or broken. Never raises for
@@ -148,6 +162,11 @@ class DeviceQueue(Protocol):
         pop again."""
         ...
 
+    def wait(self, timeout_us: int) -> bool:
+        """Look at the ring, up to ``timeout_us`` microseconds long, until there is something to pop; whether there
+        is."""
+        ...
+
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
         later with ``push()``. Signals the driver after every ``notify_every`` completions and at the end. Returns
@@ -155,6 +174,32 @@ class DeviceQueue(Protocol):
 
         What the handler raises goes to the caller; its request stays in flight.
         """
+        ...
+
+    def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
+        """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
+
+        :raises RingError: parts too small, or, compiled, misaligned
+        """
+        ...
+
+    def track(self, inflight: SplitInflight) -> None:
+        """Record in ``inflight`` from now on. Before the first ``pop()``; after ``adopt()``, where that is called.
+
+        What is in flight on this queue stays so. On a queue with nothing in flight, what the last backend had taken
+        and not returned is taken again, into ``recovered``, and the ring goes on behind it, whatever ``base`` said.
+
+        :raises RingError: the record makes no sense, or is too small for the ring
+        :raises StateError: this ring format cannot
+        """
+        ...
+
+    def log_to(self, log: RingLog | None) -> None:
+        """Log what is written, from now on; None: do not."""
+        ...
+
+    def give_up(self, why: str) -> None:
+        """Break the queue and touch its memory no more: the ring has lost its place."""
         ...
 
     def adopt(self, paused: DeviceQueue) -> None:

@@ -3,9 +3,12 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
-from pyvhost.errors import MemoryFault, RingError, StateError
+from pyvhost.dirtylog import RingLog
+from pyvhost.errors import MemoryFault, ProtocolError, RingError, StateError
+from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
 from pyvhost.vring.api import Chain, DeviceQueue, Fences
 from pyvhost.vring.split import (
@@ -39,12 +42,14 @@ class SplitDeviceQueue:
     __slots__ = (
         "_avail",
         "_base",
+        "_clock",
         "_desc",
         "_event_idx",
         "_fresh",
         "_full",
         "_held",
         "_indirect",
+        "_log",
         "_max",
         "_memory",
         "_next",
@@ -59,7 +64,10 @@ class SplitDeviceQueue:
         "_used_idx",
         "_view",
         "broken",
+        "inflight",
+        "recovered",
         "size",
+        "spin_us",
         "stopped",
     )
 
@@ -77,17 +85,23 @@ class SplitDeviceQueue:
         event_idx: bool = False,
         signal: Callable[[], object] | None = None,
         max_descriptors: int = 1024,
+        spin_us: int = 0,
     ) -> None:
         if not valid_size(size):
             raise RingError(f"a split ring cannot have {size} entries")
         self.size = size
+        self.spin_us = spin_us
         self.broken: RingError | None = None
         self.stopped = False
+        self.inflight: SplitInflight | None = None
+        self.recovered: deque[Chain] = deque()
+        self._log: RingLog | None = None
         self._indirect = indirect
         self._event_idx = event_idx
         self._signal = signal
         self._full = fences.full
         self._order = fences.order
+        self._clock = fences.clock
         self._max = max(size, max_descriptors)
         self._held = [-1] * size  # room in the writable part of each head in flight, -1: not in flight
         self._next = base & _MASK  # of the available ring: the next one to pop
@@ -118,8 +132,11 @@ class SplitDeviceQueue:
 
     def pop(self) -> Chain | None:
         position = self._next
-        if position == self._seen and not self._look():
-            return None
+        if position == self._seen:
+            if self.recovered and not (self.stopped or self.broken):
+                return self.recovered.popleft()
+            if not self._look():
+                return None
         if self.stopped or self.broken:
             return None
         head = self._avail[2 + (position & (self.size - 1))]
@@ -128,15 +145,25 @@ class SplitDeviceQueue:
             # Its owner is unknown, or will get it back from whoever works on it: nothing to return.
             self._break("an available head that is outside of the ring or already in flight")
             return None
+        if self.inflight is not None:
+            self.inflight.taken(head)
+        return self._chain(head)
+
+    def _chain(self, head: int) -> Chain | None:
+        """The chain of a head that is in flight from now on; None: it is bad, was given back and broke the queue."""
         try:
             chain = self._walk(head)
         except (RingError, MemoryFault) as e:
-            self._held[head] = 0
-            self.push(head, 0)
-            self._break(str(e))
+            self._reject(head, e)
             return None
         self._held[head] = chain.writable_bytes
         return chain
+
+    def _reject(self, head: int, error: ProtocolError) -> None:
+        """A bad chain: give it back and break the queue."""
+        self._held[head] = 0
+        self.push(head, 0)
+        self._break(str(error))
 
     def _look(self) -> bool:
         """Read the driver's index; whether there is something to pop."""
@@ -222,6 +249,14 @@ class SplitDeviceQueue:
             raise RingError("an indirect table of a bad length")
         return b"".join(self._memory.translate(addr, length, False))
 
+    def wait(self, timeout_us: int) -> bool:
+        clock = self._clock
+        until = None if clock is None else clock() + timeout_us / 1e6
+        while not self._look():
+            if self.stopped or self.broken is not None or clock is None or until is None or clock() >= until:
+                return False
+        return True
+
     # --- giving them back
 
     def push(self, head: int, written: int = 0) -> None:
@@ -234,13 +269,20 @@ class SplitDeviceQueue:
         if not 0 <= written <= room:
             raise ValueError(f"{written} bytes written where there is room for {room}")
         held[head] = -1
+        inflight = self.inflight
         position = self._used_idx
         slot = (position & (self.size - 1)) << 1
         self._used32[slot] = head
         self._used32[slot + 1] = written
+        if inflight is not None:
+            inflight.returning(head)
         if self._order is not None:
             self._order()  # the element, and what was written, are there before the index says so
         self._used_idx = self._used[1] = (position + 1) & _MASK
+        if inflight is not None:
+            inflight.returned(head, self._used_idx)
+        if self._log is not None:
+            self._log_push(self._log, head, position)
 
     def notify(self) -> bool:
         if self.should_notify():
@@ -250,20 +292,27 @@ class SplitDeviceQueue:
         return False
 
     def should_notify(self) -> bool:
+        return self._should_notify(False)
+
+    def _should_notify(self, fenced: bool) -> bool:
+        """``fenced``: there was a full fence since the last push."""
         if self.stopped:
             return False
         used = self._used_idx
         since = self._signalled
         if since == used:
             return False
-        self._full()  # the used index is visible before looking whether the driver sleeps
+        if not fenced:
+            self._full()  # the used index is visible before looking whether the driver sleeps
+        # A driver that did not want to know looks by itself before it sleeps. So the next wish is compared with what
+        # comes from here on; else the distance would outgrow 16 bits.
+        self._signalled = used
         if self._event_idx:
             event = self._avail[2 + self.size]
             if (used - event - 1) & _MASK >= (used - since) & _MASK and not self._fresh:
                 return False
         elif self._avail[0] & NO_SIGNAL:
             return False
-        self._signalled = used
         self._fresh = False
         return True
 
@@ -273,40 +322,148 @@ class SplitDeviceQueue:
         # With EVENT_IDX the driver stays silent until its index passes avail_event, so there is nothing to say.
         if not (self._event_idx or self.stopped):
             self._used[0] = NO_SIGNAL
+            if self._log is not None:
+                self._log_used(0, 2)
 
     def enable_notifications(self) -> bool:
         if self.stopped or self.broken:
             return False
+        if self.recovered:
+            return True
         if self._event_idx:
             self._used[2 + 4 * self.size] = self._next
         else:
             self._used[0] = 0
+        if self._log is not None:
+            self._log_used(0 if not self._event_idx else 4 + 8 * self.size, 2)
         self._full()  # the driver sees the wish before its index is looked at again
         return self._look()
 
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
-        pop, push = self.pop, self.push
+        # ``pop()`` and ``push()`` are here once more for what is usual: calling them takes a third of the time.
         self.disable_notifications()
+        size, mask, order = self.size, self.size - 1, self._order
+        pop, push, walk, notify = self.pop, self.push, self._walk, self.notify
+        chain: Chain | None
         unsignalled = 0
+        fenced = False
         try:
             while budget > 0:
-                chain = pop()
+                position = self._next
+                held = self._held
+                if position == self._seen or self.broken is not None or self.stopped:
+                    chain = pop()
+                elif (head := self._avail[2 + (position & mask)]) < size and held[head] < 0:
+                    self._next = (position + 1) & _MASK
+                    if self.inflight is not None:
+                        self.inflight.taken(head)
+                    try:
+                        chain = walk(head)
+                    except (RingError, MemoryFault) as e:
+                        self._reject(head, e)
+                        chain = None
+                    else:
+                        held[head] = chain.writable_bytes
+                else:
+                    chain = pop()
                 if chain is None:
+                    if self.spin_us:
+                        notify()
+                        unsignalled = 0
+                        if self.wait(self.spin_us):
+                            continue
+                    fenced = self.broken is None and not self.recovered
                     if not self.enable_notifications():
                         return False
+                    fenced = False
                     self.disable_notifications()
                     continue
                 budget -= 1
                 written = handler(chain)
-                if written is not None:
-                    push(chain.head, written)
-                    unsignalled += 1
-                    if unsignalled >= notify_every:
-                        unsignalled = 0
-                        self.notify()
+                if written is None:
+                    continue
+                head = chain.head
+                held = self._held
+                if 0 <= written <= held[head] and self._log is None and not self.stopped:
+                    held[head] = -1
+                    position = self._used_idx
+                    slot = (position & mask) << 1
+                    self._used32[slot] = head
+                    self._used32[slot + 1] = written
+                    inflight = self.inflight
+                    if inflight is not None:
+                        inflight.returning(head)
+                    if order is not None:
+                        order()  # as in push()
+                    self._used_idx = self._used[1] = (position + 1) & _MASK
+                    if inflight is not None:
+                        inflight.returned(head, self._used_idx)
+                else:
+                    push(head, written)
+                unsignalled += 1
+                if unsignalled >= notify_every:
+                    unsignalled = 0
+                    notify()
+            fenced = self.broken is None and not self.recovered
             return self.enable_notifications()
         finally:
-            self.notify()
+            if self._should_notify(fenced) and self._signal is not None:
+                self._signal()
+
+    # --- what outlives this backend, and this host
+
+    def track(self, inflight: SplitInflight) -> None:
+        used = self._used_idx
+        mine = [head for head, room in enumerate(self._held) if room >= 0]
+        if mine:
+            inflight.resume(self.size, used, mine)
+            self.inflight = inflight
+            return
+        heads = inflight.recover(self.size, used)
+        if heads is not None:
+            if len(heads) > (self._avail[1] - used) & _MASK:
+                raise RingError("more requests in flight than were made available")
+            self._next = self._seen = (used + len(heads)) & _MASK
+        self.inflight = inflight
+        for head in heads or ():
+            chain = self._chain(head)
+            if chain is not None:
+                self.recovered.append(chain)
+
+    def log_to(self, log: RingLog | None) -> None:
+        self._log = log
+
+    def _log_push(self, log: RingLog, head: int, position: int) -> None:
+        """A request was completed: its writable part, the element and the index were written."""
+        try:
+            for addr, length in self._writable(head):
+                log.mark(addr, length)
+        except (RingError, MemoryFault):
+            pass  # the driver has changed a request in flight: its own loss
+        self._log_used(4 + 8 * (position & (self.size - 1)), 8)
+        self._log_used(2, 2)
+
+    def _log_used(self, offset: int, length: int) -> None:
+        """Bytes of the used ring were written."""
+        log = self._log
+        if log is not None and log.used is not None:
+            log.mark(log.used + offset, length)
+
+    def _writable(self, head: int) -> Iterator[tuple[int, int]]:
+        """Addresses and lengths of a chain's writable part, read again: only migration needs them."""
+        table: memoryview | bytes = self._desc
+        index = head
+        for left in range(self._max, -1, -1):
+            addr, length, flags, following = _unpack_desc(table, index << 4)
+            if flags & DESC_F_INDIRECT:
+                table = self._indirect_table(table, addr, length, flags, left)
+                index = 0
+                continue
+            if flags & DESC_F_WRITE:
+                yield addr, length
+            if not flags & DESC_F_NEXT or following >= len(table) >> 4:
+                return
+            index = following
 
     # --- state
 
@@ -325,6 +482,7 @@ class SplitDeviceQueue:
             raise StateError("only a stopped queue of the same kind and size can be taken over")
         self._held = paused._held
         paused._held = [-1] * paused.size
+        self.recovered, paused.recovered = paused.recovered, deque()
 
     @property
     def in_flight(self) -> int:

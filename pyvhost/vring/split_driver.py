@@ -7,6 +7,7 @@ checked.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ class SplitDriverQueue:
     """See ``DriverQueue``. ``view`` is the memory of the ring (``memory_size()`` bytes or more, zeroed, writable),
     which the device sees at guest address ``address`` (16-byte aligned). ``indirect`` is the number of entries of
     each indirect table, 0 for none: a request with more than one segment and no more than that many goes into one.
-    ``base`` is where the indexes in ``view`` already are.
+    ``base`` is where the indexes in ``view`` already are. ``in_order``: IN_ORDER was agreed on, so descriptors are used
+    in the order of the table, and one used element may stand for all requests up to the one it names, each taken as
+    filled.
 
     :raises ValueError: a size that is no power of two up to 2^15, a view too small, a misaligned address
     """
@@ -47,6 +50,7 @@ class SplitDriverQueue:
         event_idx: bool = False,
         indirect: int = 0,
         base: int = 0,
+        in_order: bool = False,
     ) -> None:
         if not valid_size(size):
             raise ValueError(f"a split ring cannot have {size} entries")
@@ -67,7 +71,8 @@ class SplitDriverQueue:
         self._avail = view[layout.avail_offset : layout.avail_offset + layout.avail_bytes].cast("H")
         self._used = used.cast("H")
         self._used32 = used[4 : 4 + 8 * size].cast("I")
-        self._free = list(range(size - 1, -1, -1))
+        self._in_order = in_order
+        self._free = deque(range(size - 1, -1, -1))
         self._requests: dict[int, tuple[Any, list[int], int]] = {}  # by head: token, descriptors, writable bytes
         self._added = base  # our index in the available ring
         self._kicked = base  # … when the device was last kicked or found awake
@@ -136,6 +141,8 @@ class SplitDriverQueue:
             return self._break(done, "the used index is further ahead than there are requests")
         if self._order is not None:
             self._order()  # the ring's elements are not older than the index
+        if self._in_order:
+            return self._poll_in_order(new)
         for _ in range(new):
             slot = (self._taken & (self.size - 1)) << 1
             head, written = self._used32[slot], self._used32[slot + 1]
@@ -149,6 +156,30 @@ class SplitDriverQueue:
             self._free += reversed(descriptors)
             self._taken = (self._taken + 1) & _MASK
             done.append((token, written))
+        return done
+
+    def _poll_in_order(self, new: int) -> list[tuple[Any, int]]:
+        """Section 2.7.9: an element names the last request of a batch, and the next element is behind the batch."""
+        done: list[tuple[Any, int]] = []
+        while new:
+            slot = (self._taken & (self.size - 1)) << 1
+            last, written = self._used32[slot], self._used32[slot + 1]
+            if last not in self._requests:
+                return self._break(done, "the device returned an id that is not in flight")
+            while True:
+                head = next(iter(self._requests))  # they are in order, the oldest first
+                token, descriptors, room = self._requests[head]
+                if not new:
+                    return self._break(done, "the device returned a request that the used index does not cover")
+                if head == last and written > room:
+                    return self._break(done, "the device says it wrote more than there is room for")
+                del self._requests[head]
+                self._free.extendleft(descriptors)
+                self._taken = (self._taken + 1) & _MASK
+                new -= 1
+                done.append((token, written if head == last else room))
+                if head == last:
+                    break
         return done
 
     def _break(self, done: list[tuple[Any, int]], why: str) -> list[tuple[Any, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyvhost.device import Device
+from pyvhost.dirtylog import AtomicOr
 from pyvhost.errors import Disconnected, MemoryFault, MessageError
 from pyvhost.memory import Mapping
 from pyvhost.messages import (
@@ -45,6 +46,8 @@ class FakePorts:
         self.ready: list[Callable[[], object]] = []
         self.hung_up: str | None = None
         self.mapped = 0
+        self.made: dict[int, bytearray] = {}
+        self.transfers: list[tuple[int, bytes | None, int, Callable[[bytes | None], object]]] = []
 
     def give(self, *fds: int) -> list[int]:
         """The kernel made these numbers ours."""
@@ -62,6 +65,21 @@ class FakePorts:
 
     def _unmap(self) -> None:
         self.mapped -= 1
+
+    def allocate(self, size: int) -> int:
+        fd = -2 - len(self.made)  # goes away with the reply
+        self.made[fd] = bytearray(size)
+        return fd
+
+    def atomic_or(self, view: memoryview) -> AtomicOr | None:
+        def set_bits(index: int, mask: int) -> None:
+            view[index] |= mask
+
+        return set_bits
+
+    def transfer(self, fd: int, data: bytes | None, limit: int, done: Callable[[bytes | None], object]) -> None:
+        assert fd in self.open_fds
+        self.transfers.append((fd, data, limit, done))
 
     def close_fd(self, fd: int) -> None:
         assert fd not in self.watched
@@ -117,8 +135,10 @@ class Vmm:
         self.session = Session(device, self.ports)
         self.backend = self.session.backend
         self.next_fd = 10
+        self.reply_fds: list[int] = []
         self.drivers: dict[int, SplitDriverQueue] = {}
-        self.features = self.backend.offered_features if features is None else features
+        usual = self.backend.offered_features & ~(Feature.RING_PACKED | Feature.LOG_ALL)
+        self.features = usual if features is None else features
         if protocol is None:
             protocol = self.backend.offered_protocol_features
         self.protocol = ProtocolFeature(protocol)
@@ -131,13 +151,14 @@ class Vmm:
         """Send; the reply's payload, b"" if there is none."""
         message = encode(request, payload, flags)
         reply = self.session.receive(message[: HEADER.size], message[HEADER.size :], list(fds))
-        if not reply:
+        if reply is None:
             return b""
-        head = HEADER.unpack(reply)
+        self.reply_fds = list(reply.fds)
+        head = HEADER.unpack(reply.data)
         assert head.request == request
         assert head.flags == Flag.VERSION | Flag.REPLY
-        assert head.size == len(reply) - HEADER.size
-        return reply[HEADER.size :]
+        assert head.size == len(reply.data) - HEADER.size
+        return reply.data[HEADER.size :]
 
     def ack(self, request: int, payload: bytes = b"", *fds: int) -> int:
         """Send with NEED_REPLY; the acknowledgement, 0 for success."""

@@ -50,12 +50,11 @@ def test_ring_table_is_complete() -> None:
 
 
 def test_offered_is_implemented() -> None:
-    info = DeviceInfo(1, config_size=4)
+    info = DeviceInfo(1, config_size=4, has_state=True)
     offered = offered_protocol_features(info)
-    assert offered == (
-        P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
-    )
-    assert not offered_protocol_features(DeviceInfo(1)) & P.CONFIG
+    always = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.INFLIGHT_SHMFD
+    assert offered == always | P.CONFIG | P.LOG_SHMFD | P.DEVICE_STATE
+    assert offered_protocol_features(DeviceInfo(1, logs_writes=False)) == always
     needed = P(0)
     for rule in RULES.values():
         needed |= rule.needs
@@ -96,8 +95,8 @@ def test_status(vmm: Vmm) -> None:
 def test_messages_need_their_protocol_feature(request_: FrontendRequest) -> None:
     vmm = Vmm(Echo(), protocol=P.REPLY_ACK)
     vmm.negotiate()
-    if request_ is F.GET_CONFIG:
-        assert vmm.tell(request_) == b""
+    if request_ in (F.GET_CONFIG, F.SET_DEVICE_STATE_FD, F.CHECK_DEVICE_STATE):  # they can say no
+        assert vmm.tell(request_) in (b"", U64.pack(0x101), U64.pack(1))
     elif RULES[request_].replies:  # there is no way to say no but to leave
         with pytest.raises(Disconnected, match="protocol feature"):
             vmm.tell(request_)
@@ -147,7 +146,7 @@ def test_wrong_sizes_and_counts_of_fds(vmm: Vmm, request_: FrontendRequest) -> N
         except Disconnected:
             pass
         else:
-            assert reply == b"" if request_ is F.GET_CONFIG else U64.unpack(reply).value == 1
+            assert reply == b"" if request_ is F.GET_CONFIG else U64.unpack(reply).value & 0xFF == 1
         assert not vmm.ports.open_fds
         vmm.leave()
 

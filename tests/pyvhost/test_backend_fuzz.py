@@ -8,8 +8,19 @@ from hypothesis import strategies as st
 
 from pyvhost.backend import RULES
 from pyvhost.errors import Disconnected
-from pyvhost.messages import FRONTEND_PAYLOADS, HEADER, FrontendRequest
+from pyvhost.inflight import region_size
+from pyvhost.messages import (
+    FRONTEND_PAYLOADS,
+    HEADER,
+    INFLIGHT,
+    LOG,
+    TRANSFER_STATE,
+    U64,
+    Feature,
+    FrontendRequest,
+)
 from tests.pyvhost.fakes import GUEST, NOT_A_FILE, NOT_POLLABLE, RAM, USER, F, Vmm, config
+from tests.pyvhost.test_device_state import Movable
 from tests.pyvhost.toys import Echo, Late
 
 # values that mean something where they may land, and the extremes
@@ -47,6 +58,7 @@ def message(draw: st.DrawFn) -> tuple[int, int, bytes, int, int]:
 
 #: what a frontend does that means well, so that the fuzz gets somewhere
 STEPS = ("negotiate", "start 0", "start both", "stop", "add", "turn", "reset", "config", "memory")
+STEPS += ("inflight", "log", "state")
 
 
 def obey(vmm: Vmm, step: str) -> None:
@@ -71,12 +83,26 @@ def obey(vmm: Vmm, step: str) -> None:
             vmm.tell(F.GET_CONFIG, config(0, 16))
         case "memory":
             vmm.set_memory()
+        case "inflight":
+            vmm.tell(F.SET_INFLIGHT_FD, INFLIGHT.pack(2 * region_size(8), 0, 2, 8), vmm.fd())
+        case "log":
+            vmm.tell(F.SET_LOG_BASE, LOG.pack(4096, 0), vmm.fd())
+            vmm.tell(F.SET_FEATURES, U64.pack(vmm.features | Feature.LOG_ALL))
+        case "state":
+            vmm.tell(F.SET_DEVICE_STATE_FD, TRANSFER_STATE.pack(len(vmm.drivers) & 1, 0), vmm.fd())
+
+
+def end_transfers(vmm: Vmm) -> None:
+    while vmm.ports.transfers:
+        fd, data, _, done = vmm.ports.transfers.pop()
+        vmm.ports.close_fd(fd)
+        done(b"movable" if data is None else None)
 
 
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(message() | st.sampled_from(STEPS), max_size=24),
-    st.sampled_from([Echo, Late]),
+    st.sampled_from([Echo, Late, Movable]),
     st.booleans(),
 )
 def test_any_conversation(script: list[tuple[int, int, bytes, int, int] | str], device: type, prepared: bool) -> None:
@@ -89,6 +115,7 @@ def test_any_conversation(script: list[tuple[int, int, bytes, int, int] | str], 
         for item in script:
             if isinstance(item, str):
                 obey(vmm, item)
+                end_transfers(vmm)
                 continue
             request, flags, body, count, kind = item
             if kind:
@@ -97,11 +124,12 @@ def test_any_conversation(script: list[tuple[int, int, bytes, int, int] | str], 
             else:
                 fds = [vmm.fd() for _ in range(count)]
             reply = vmm.session.receive(HEADER.pack(request, flags, len(body)), body, fds)
-            if reply:
-                head = HEADER.unpack(reply)
-                assert (head.request, head.flags, head.size) == (request, 5, len(reply) - 12)
-            # Nothing is kept that is not in its place: at most three for each ring, and the channel.
-            assert len(vmm.ports.open_fds) <= 7
+            if reply is not None:
+                head = HEADER.unpack(reply.data)
+                assert (head.request, head.flags, head.size) == (request, 5, len(reply.data) - 12)
+            end_transfers(vmm)
+            # Nothing is kept that is not in its place: at most three for each ring, the channel, the log's signal.
+            assert len(vmm.ports.open_fds) <= 8
     except Disconnected:
         pass
     assert vmm.ports.hung_up is None

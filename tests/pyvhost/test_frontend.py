@@ -56,7 +56,7 @@ def negotiated(protocol: ProtocolFeature) -> FrontendMachine:
 
 
 def test_negotiation_asks_for_no_more_than_is_offered() -> None:
-    machine = negotiated(ProtocolFeature.REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD)
+    machine = negotiated(ProtocolFeature.REPLY_ACK | ProtocolFeature.RARP)
     assert machine.features == Feature.PROTOCOL_FEATURES | Feature.VERSION_1
     assert machine.protocol_features == ProtocolFeature.REPLY_ACK
     assert machine.queue_num is None

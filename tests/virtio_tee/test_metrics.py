@@ -167,17 +167,6 @@ def test_trace() -> None:
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"VM a", "no VM"}
 
 
-def test_a_trace_ends_what_was_abandoned() -> None:
-    out = io.StringIO()
-    trace = Trace(out)
-    trace.request("a", INVOKE, 1)
-    trace.request("b", INVOKE, 1)
-    trace.mark("a", "epoch ended", because="left")
-    (ended,) = [e for e in json.loads(out.getvalue().rstrip(",\n") + "]") if e["ph"] == "e"]
-    assert (ended["args"]["status"], ended["name"]) == ("ABANDONED", "INVOKE")
-    assert list(trace._open) == [("b", "requests", 1)]
-
-
 class TestExporter:
     @pytest.mark.parametrize(
         ("text", "place"),

@@ -67,7 +67,7 @@ class Stage:
             on_drained=lambda epoch: None,
             trace=self.told,
         )
-        context: Any = SimpleNamespace(ident=1)
+        context: Any = SimpleNamespace(ident=1, closing=False)
         request: Any = SimpleNamespace(tag=9, type=Request.INVOKE)
         pending = Pending(self.epoch, None, request, context, lambda *_: ())
         self.call = Invoke(owner=pending, session=None, func=0, params=[])

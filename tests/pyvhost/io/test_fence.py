@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 
 import pytest
@@ -31,11 +32,11 @@ def test_a_lock_will_do_on_x86_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weak_machines_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+    calls: list[ctypes.c_int] = []
     monkeypatch.setattr(fence, "_libatomic", lambda: calls.append)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     fences = fence.host_fences()
     fences.full()
     assert fences.order is not None
     fences.order()
-    assert calls == [5, 4]
+    assert [call.value for call in calls] == [5, 4]

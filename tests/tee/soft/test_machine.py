@@ -27,6 +27,7 @@ from tee.memory import Memory
 from tee.params import Direction, MemRef, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
+from tee.soft.states import SessionState
 from tee.soft.ta import Parameters, TrustedApplication
 from tests.tee.bench import IDLE, Bench
 
@@ -253,7 +254,9 @@ class Machine(RuleBasedStateMachine):
         reachable, count = list(kept), 0
         for instance in reachable:
             count += len(instance.opened.sessions)
-            reachable += {session.instance for session in instance.opened.sessions} - set(reachable)
+            # a session whose TA panicked is there until it is closed; its instance is not
+            alive = {s.instance for s in instance.opened.sessions if s.state is not SessionState.DEAD}
+            reachable += alive - set(reachable)
         assert set(reachable) == bench.tee._instances
         assert bench.tee.usage() == IDLE | {"instances": len(reachable), "sessions": count}
         assert all(not i.visits and not i.queue and i.owner is None for i in reachable)

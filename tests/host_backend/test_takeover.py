@@ -1,0 +1,244 @@
+"""A backend that is started behind a running driver: what its predecessor may have run is answered, not run."""
+
+from __future__ import annotations
+
+import pytest
+
+from device.config import Limits
+from device.messages import EVENT_HEADER, REQUESTS, RESPONSE_HEADER
+from device.requests import pack_request
+from device.wire import Event, Queue, Request, ResponseFlag, Status
+from host_backend.device import TeeDevice
+from host_backend.router import Router
+from pyvhost.inflight import region_size
+from pyvhost.messages import INFLIGHT, U64, BackendRequest, Feature, encode
+from tee.calls import Call
+from tee.driver import Done, Sink, TeeInfo
+from tee.memory import Memory
+from tee.results import Result
+from tee.rpc import Rpc, RpcReply
+from tests.pyvhost.fakes import GUEST, F, Vmm
+
+QUEUES = (Queue.CONTROL, Queue.EVENT, Queue.REQUEST)
+RESPONSE, EVENTS = 0x9000, 0xA000
+
+
+class StuckTee:
+    """A TEE in which every call waits until the test ends it."""
+
+    info = TeeInfo(1, 1, 1, 1)
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def attach(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def start(self, call: Call) -> None:
+        self.calls.append(call)
+
+    def cancel(self, call: Call) -> None:
+        pass
+
+    def answer(self, rpc: Rpc, reply: RpcReply) -> None:
+        pass
+
+    def run(self) -> float | None:
+        return None
+
+    def fileno(self) -> int | None:
+        return None
+
+    def allocate(self, size: int) -> Memory:
+        return Memory.of(bytearray(size))
+
+    def release(self, memory: Memory) -> None:
+        pass
+
+    def usage(self) -> dict[str, int]:
+        return {}
+
+    def end_all(self) -> None:
+        while self.calls:
+            self.sink(Done(self.calls.pop(0), Result.SUCCESS))
+
+
+class Guest:
+    """A driver whose memory outlives backends."""
+
+    def __init__(self, *, tracked: bool) -> None:
+        self.tracked = tracked
+        self.region = bytearray(3 * region_size(8))
+        self.tags = 0
+        self.attach()
+        vmm = self.vmm
+        vmm.set_memory()
+        for index in QUEUES:
+            vmm.ring(index)
+        self.enable()
+        for n in range(2):
+            vmm.drivers[Queue.EVENT].add([], [(GUEST + EVENTS + 0x800 * n, 1024)], ("event", n))
+        self.kick(Queue.EVENT)
+
+    def attach(self) -> None:
+        self.tee = StuckTee()
+        numbers = iter(range(1000 + id(self.tee) % 1000, 1 << 40))
+        self.device = TeeDevice(
+            Router(self.tee, lambda: 0.0),
+            vm="one",
+            limits=Limits(),
+            request_queues=1,
+            clock=lambda: 0.0,
+            new_epoch=lambda: next(numbers),
+        )
+        self.vmm = Vmm(self.device)
+        self.vmm.negotiate()
+        self.vmm.tell(F.SET_FEATURES, U64.pack(self.vmm.features))
+        self.vmm.tell(F.SET_BACKEND_REQ_FD, b"", self.vmm.fd())
+        if self.tracked:
+            fd = self.vmm.fd()
+            self.vmm.ports.files[fd] = self.region
+            self.vmm.tell(F.SET_INFLIGHT_FD, INFLIGHT.pack(len(self.region), 0, 3, 8), fd)
+
+    def enable(self) -> None:
+        for index in QUEUES:
+            self.vmm.enable(index)
+        self.turn()
+
+    def turn(self) -> None:
+        for _ in range(3):
+            self.vmm.ports.turn()
+
+    def kick(self, index: int) -> None:
+        kick = self.vmm.backend.rings[index].kick
+        assert kick is not None
+        self.vmm.ports.watched[kick]()
+
+    def request(self, epoch: int, room: int = 64) -> None:
+        self.tags += 1
+        body = REQUESTS[Request.OPEN_CONTEXT].body.codec.pack(0)
+        data = pack_request(Request.OPEN_CONTEXT, epoch=epoch, tag=self.tags, context=0, body=body)
+        at = 0x8000 + 0x80 * self.tags
+        self.vmm.ram[at : at + len(data)] = data
+        answer = RESPONSE + 0x80 * self.tags
+        self.vmm.drivers[Queue.REQUEST].add([(GUEST + at, len(data))], [(GUEST + answer, room)], self.tags)
+        self.kick(Queue.REQUEST)
+
+    def answers(self) -> dict[int, tuple[int, int, int]]:
+        """Status, flags, result by tag."""
+        found = {}
+        for tag, written in self.vmm.drivers[Queue.REQUEST].poll():
+            if written:
+                head = RESPONSE_HEADER.unpack(self.vmm.ram[RESPONSE + 0x80 * tag :][:written])
+                found[tag] = (head.status, head.flags, head.ret)
+            else:
+                found[tag] = (-1, 0, 0)
+        return found
+
+    def events(self) -> list[tuple[int, int]]:
+        """Type and epoch."""
+        found = []
+        for (_, n), written in self.vmm.drivers[Queue.EVENT].poll():
+            head = EVENT_HEADER.unpack(self.vmm.ram[EVENTS + 0x800 * n :][:written])
+            found.append((head.type, head.epoch))
+        return found
+
+    def restart(self) -> None:
+        """The backend is killed; another one takes its place."""
+        ram, drivers = self.vmm.ram, self.vmm.drivers
+        self.attach()
+        vmm = self.vmm
+        vmm.ram, vmm.drivers = ram, drivers
+        fd = vmm.fd()
+        assert isinstance(ram.obj, bytearray)
+        vmm.ports.files[fd] = ram.obj
+        vmm.tell(F.SET_MEM_TABLE, vmm.table(fd), fd)
+        for index in QUEUES:
+            used = drivers[index].used_addr - GUEST
+            vmm.ring(index, int.from_bytes(ram[used + 2 : used + 4], "little"), fresh=False)
+        self.enable()
+
+
+LOST = (Status.ABANDONED, ResponseFlag.MAY_HAVE_RUN, Result.COMMUNICATION)
+
+
+def complete_one(guest: Guest) -> None:
+    """Something was completed, so that the ring shows it."""
+    guest.request(guest.device.epoch.number)
+    guest.tee.end_all()
+    guest.device.flush()
+    assert guest.answers() == {1: (Status.OK, 0, Result.SUCCESS)}
+
+
+@pytest.mark.requirement("DEV-EPO-2", "DEV-EPO-5", "DEV-VHU-8")
+@pytest.mark.parametrize("tracked", [True, False])
+def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
+    guest = Guest(tracked=tracked)
+    assert guest.events() == []
+    complete_one(guest)
+    epoch = guest.device.epoch.number
+    guest.request(epoch)
+    guest.request(epoch)
+    answered = {2: LOST, 3: LOST}
+    if tracked:
+        guest.request(epoch, room=8)  # returned at once, before the others: only a region tells
+        answered[4] = (-1, 0, 0)
+    assert len(guest.tee.calls) == 2
+    old = guest.device
+    guest.restart()
+    assert guest.device is not old
+    assert guest.answers() == answered
+    assert guest.tee.calls == []
+    assert guest.events() == [(Event.EPOCH, guest.device.epoch.number)]
+    assert guest.vmm.ports.sent == [encode(BackendRequest.CONFIG_CHANGE_MSG)]
+    guest.request(guest.device.epoch.number)
+    assert len(guest.tee.calls) == 1
+    guest.request(epoch)
+    guest.device.flush()
+    assert guest.answers()[guest.tags][0] == Status.STALE_EPOCH
+    assert guest.events() == []
+    guest.vmm.leave()
+
+
+@pytest.mark.requirement("DEV-EPO-5")
+def test_with_a_region_nothing_else_is_abandoned() -> None:
+    """Not even before anything was completed, where the ring's base says nothing; and what came after is new."""
+    guest = Guest(tracked=True)
+    epoch = guest.device.epoch.number
+    guest.request(epoch)
+    assert len(guest.tee.calls) == 1
+    kick = guest.vmm.backend.rings[Queue.REQUEST].kick
+    assert kick is not None
+    guest.vmm.ports.watched[kick] = lambda: None
+    guest.request(epoch)  # dies before it looks
+    guest.restart()
+    answers = guest.answers()
+    assert answers[1] == LOST
+    assert answers[2][0] == Status.STALE_EPOCH
+    assert guest.events() == [(Event.EPOCH, guest.device.epoch.number)]
+    guest.vmm.leave()
+
+
+@pytest.mark.requirement("DEV-EPO-2")
+def test_the_epoch_waits_for_a_buffer_and_goes_first() -> None:
+    guest = Guest(tracked=True)
+    complete_one(guest)
+    for _ in range(2):
+        assert guest.device.send_event(EVENT_HEADER.pack(Event.NOTIFICATION, 0, 1))
+    assert len(guest.events()) == 2
+    guest.restart()
+    assert guest.events() == []
+    assert not guest.device.send_event(bytes(16))
+    guest.vmm.drivers[Queue.EVENT].add([], [(GUEST + EVENTS, 1024)], ("event", 0))
+    guest.kick(Queue.EVENT)
+    assert guest.events() == [(Event.EPOCH, guest.device.epoch.number)]
+    guest.vmm.leave()
+
+
+def test_a_fresh_driver_is_told_nothing() -> None:
+    guest = Guest(tracked=True)
+    assert guest.vmm.ports.sent == []
+    complete_one(guest)
+    assert guest.events() == []
+    assert not guest.vmm.backend.offered_features & Feature.LOG_ALL
+    guest.vmm.leave()

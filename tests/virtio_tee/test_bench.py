@@ -1,0 +1,85 @@
+"""What the bench measures and how it judges; the measuring itself needs the peer and is a lab test."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from virtio_tee.bench import peers
+from virtio_tee.bench.direct import Direct
+from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, PEER, TEE, Case, Results, as_runs, cases
+
+
+def results(factor: float = 1.0, *, in_place: bool = True) -> Results:
+    """Ours are ``factor`` times as fast as the peer; the TEE alone takes half of the time."""
+    runs = {}
+    direct: dict[int, list[float]] = {}
+    for case in cases():
+        for backend in case.backends:
+            speed = 1.0 if backend == PEER else factor
+            figures = {"p50_us": 50 / speed, "p99_us": 90 / speed, "kreq_s": 1000 * speed}
+            figures |= {"event_idx": True, "inflight": backend != PEER}
+            runs[backend, None if backend == PEER else "pure", case] = [figures] * 5
+        direct[case.bytes] = [25 / factor] * 5
+    return Results(runs, direct, {"pure": in_place}, {"pure": 0.2}, {"pure": 40.0})
+
+
+def test_ratios() -> None:
+    values = {goal.name: goal.judge(results(0.5), "pure") for goal in GOALS}
+    assert values["null-block/sleeping/1"]["value"] == 0.5
+    assert values["null-block/sleeping/32"]["value"] == 0.5
+    assert not values["null-block/sleeping/32"]["pass"]
+    assert values["null-block/polling/32"]["pass"]
+    assert values["zero-copy/path"]["value"] == 1.0
+    assert all(goal.judge(results(1.0), "pure")["pass"] for goal in GOALS)
+
+
+def test_a_byte_that_is_not_seen_fails() -> None:
+    judged = [goal.judge(results(in_place=False), "pure") for goal in GOALS]
+    assert [ratio["name"] for ratio in judged if not ratio["pass"]] == ["zero-copy/in-place"]
+
+
+def test_the_compiled_queue_has_floors_of_its_own() -> None:
+    floors = {goal.name: (goal.pure, goal.compiled) for goal in GOALS}
+    assert floors["null-block/sleeping/32"] == (0.8, 0.95)
+    assert floors["null-invoke/sleeping/32"] == (0.3, 0.4)
+
+
+def test_runs() -> None:
+    entries = as_runs(results())
+    assert {entry["backend"] for entry in entries} == {PEER, BLOCK, TEE}
+    assert {(entry["workload"], entry["bytes"]) for entry in entries} >= {
+        ("null-block", 4 * KIB),
+        ("invoke-registered", 16 * MIB),
+        ("invoke-temporary", 1 * MIB),
+    }
+    assert all(entry["queue"] is None for entry in entries if entry["backend"] == PEER)
+    keys = [(e["backend"], e["queue"], e["workload"], e["driver"], e["bytes"], e["depth"]) for e in entries]
+    assert len(set(keys)) == len(keys)
+
+
+def test_bytes_copied() -> None:
+    assert Case("invoke-registered", bytes=MIB, memory="registered").bytes_copied == 0
+    assert Case("invoke-temporary", bytes=4 * KIB, memory="inline").bytes_copied == 8 * KIB
+
+
+def test_direct() -> None:
+    assert Direct().touch(4 * KIB, 0.0) > 0
+
+
+def test_without_the_peer_there_is_no_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(peers.os, "geteuid", lambda: 1000)
+    with pytest.raises(peers.BenchError, match=r"sudo apt-get install --yes .*qemu-system-common gcc libc6-dev"):
+        peers.require_tools()
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+def test_the_driver_compiles_and_says_what_is_wrong(tmp_path: Path) -> None:
+    program = peers.build_driver(tmp_path)
+    with pytest.raises(peers.BenchError, match="No such file"):
+        peers.run_driver(program, "--socket", str(tmp_path / "nobody"))
+    with pytest.raises(peers.BenchError, match="unknown word"):
+        peers.run_driver(program, "--workload", "nonsense")

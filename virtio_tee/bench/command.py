@@ -1,0 +1,165 @@
+"""The command itself: rounds, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+from virtio_tee.bench import peers
+from virtio_tee.bench.peers import Backend, BenchError, DirectTee
+from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, MODES, PEER, TEE, Case, Figures, Results, as_runs, cases
+
+DIRECT_SIZES = (4 * KIB, 16 * MIB)
+BUSY = 0.7
+"""A load average that something else than the bench makes."""
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Exit with 1 if a figure misses its bound.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
+@click.option("--seconds", type=float, default=0.25, show_default=True, help="Length of each run.")
+@click.option(
+    "--queue",
+    type=click.Choice(["pure", "compiled", "all"]),
+    default="all",
+    show_default=True,
+    help="Which implementation of the queues; all: those that are there.",
+)
+def bench(check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -> None:
+    """Measure latency and throughput of the backends beside a peer in C, qemu-storage-daemon's null block device.
+
+    A driver in C (compiled first) on CPU 0 drives one backend after the other on CPU 1, over vhost-user sockets:
+    sleeping or polling, with 1 or 32 requests at a time. Figures are medians over the rounds, ratios medians of each
+    round's ratio. Installs what it needs as root (Debian), or says what to type. Nothing else should run meanwhile.
+    """
+    try:
+        peers.require_tools()
+        peers.require_cpus()
+        there = peers.queues()
+        busy = os.getloadavg()[0]
+        if busy > BUSY:
+            _say(f"this machine is busy (load {busy:.1f}): the figures will say little")
+        wanted = there if queue == "all" else [queue]
+        if queue not in ("all", *there):
+            raise BenchError(f"the {queue} queue is not there; there is: {', '.join(there)}")
+        with ExitStack() as stack:
+            report = _measure(stack, wanted, rounds, seconds)
+    except BenchError as e:
+        raise click.ClickException(str(e)) from None
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _show(report)
+    if check and not all(ratio["pass"] for ratio in report["ratios"]):
+        sys.exit(1)
+
+
+def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp")))
+    program = peers.build_driver(folder)
+    backends: list[Backend] = []
+    for name, queue in [(PEER, None), *((name, queue) for queue in queues for name in (BLOCK, TEE))]:
+        backends.append(Backend(name, queue, folder))
+        stack.callback(backends[-1].end)
+    tees = {backend.queue or "": backend for backend in backends if backend.name == TEE}
+    idle = {queue: backend.resident_mb for queue, backend in tees.items()}
+    direct = DirectTee()
+    stack.callback(direct.end)
+    direct.touch(KIB, 0.0)  # it has started when it answers
+
+    runs: dict[tuple[str, str | None, Case], list[Figures]] = defaultdict(list)
+    ceilings: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+    alone: dict[int, list[float]] = defaultdict(list)
+    for number in range(rounds):
+        _say(f"round {number + 1} of {rounds}")
+        for driver, depth in MODES:
+            ceilings[driver, depth].append(_ceiling(program, driver, depth, seconds))
+        for case in cases():
+            for backend in backends:
+                if backend.name in case.backends:
+                    runs[backend.name, backend.queue, case].append(backend.run(program, case, seconds))
+            if case.workload == "invoke-registered" and case.key[1:3] == ("sleeping", 1) and case.bytes in DIRECT_SIZES:
+                alone[case.bytes].append(direct.touch(case.bytes, seconds))
+    results = Results(
+        runs=dict(runs),
+        direct=dict(alone),
+        seen_in_place={queue: _seen_in_place(program, backend) for queue, backend in tees.items()},
+        ready_s={queue: backend.ready_s for queue, backend in tees.items()},
+        idle_mb=idle,
+    )
+    return {
+        "machine": {
+            "arch": platform.machine(),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "load": os.getloadavg()[0],
+        },
+        "rounds": rounds,
+        "runs": as_runs(results),
+        "ratios": [goal.judge(results, queue) for queue in queues for goal in GOALS],
+        "ceiling": [
+            {
+                "driver": driver,
+                "depth": depth,
+                **{what: round(median(f[what] for f in got), 2) for what in ("p50_us", "p99_us", "kreq_s")},
+            }
+            for (driver, depth), got in ceilings.items()
+        ],
+        "direct_us": {str(size): round(median(got), 2) for size, got in alone.items()},
+    }
+
+
+def _ceiling(program: Path, driver: str, depth: int, seconds: float) -> Figures:
+    """The driver with a device that does nothing, in C, on the backends' CPU."""
+    case = Case("null-block", driver, depth, 4 * KIB)
+    return peers.run_driver(program, "--echo", str(peers.BACKEND_CPU), "--seconds", str(seconds), *case.arguments)
+
+
+def _seen_in_place(program: Path, backend: Backend) -> bool:
+    arguments = ("--workload", "hold", "--memory", "registered", "--bytes", "4096")
+    return peers.run_driver(program, "--socket", str(backend.socket), *arguments) == {"before": 1, "after": 2}
+
+
+def _say(text: str) -> None:
+    click.echo(f"bench: {text}", err=True)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    runs = Table(title=f"medians of {report['rounds']} rounds", box=None, header_style="bold")
+    for column in ("workload", "driver", "backend", "queue"):
+        runs.add_column(column)
+    for column in ("depth", "bytes", "copied", "p50 µs", "p99 µs", "kreq/s"):
+        runs.add_column(column, justify="right")
+    for run in report["runs"]:
+        words = [run["workload"], run["driver"], run["backend"], run["queue"] or "C"]
+        numbers = [run["depth"], run["bytes"], run["bytes_copied"], run["p50_us"], run["p99_us"], run["kreq_s"]]
+        runs.add_row(*words, *map(str, numbers))
+    for ceiling in report["ceiling"]:
+        numbers = [ceiling["depth"], 4 * KIB, 0, ceiling["p50_us"], ceiling["p99_us"], ceiling["kreq_s"]]
+        runs.add_row("null-block", ceiling["driver"], "(driver's ceiling)", "C", *map(str, numbers))
+    console.print(runs)
+    ratios = Table(title="\nbounds", box=None, header_style="bold")
+    for column, justify in (("name", "left"), ("queue", "left"), ("value", "right"), ("bound", "right"), ("", "left")):
+        ratios.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for ratio in report["ratios"]:
+        verdict = "ok" if ratio["pass"] else "MISSED"
+        bound = f"{ratio['sense']} {ratio['floor']}"
+        ratios.add_row(ratio["name"], ratio["queue"], str(ratio["value"]), bound, verdict)
+    console.print(ratios)

@@ -1,0 +1,244 @@
+"""What is measured, and what must come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+KIB, MIB = 1 << 10, 1 << 20
+
+PEER = "qemu-storage-daemon"
+BLOCK = "pyvhost"
+TEE = "virtio-tee"
+
+NULL, TOUCH = 0, 3
+"""Commands of the probe TA: nothing; one byte in each page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of run. ``bytes`` of payload in each request; ``memory`` as the driver's option says."""
+
+    workload: str
+    driver: str = "sleeping"
+    depth: int = 1
+    bytes: int = 0
+    memory: str = "none"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Who can run it."""
+        return (PEER, BLOCK) if self.workload == "null-block" else (TEE,)
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the driver."""
+        words = ["--depth", str(self.depth), "--bytes", str(self.bytes)]
+        if self.driver == "polling":
+            words.append("--polling")
+        if self.workload == "null-block":
+            return [*words, "--workload", "block"]
+        func = NULL if self.workload == "null-invoke" else TOUCH
+        return [*words, "--workload", "invoke", "--memory", self.memory, "--func", str(func)]
+
+    @property
+    def bytes_copied(self) -> int:
+        """Payload bytes that travel in descriptors, in and out, and so are copied between guest and backend; 0 where
+        they are used in place (or, in a null block device, not at all)."""
+        return 2 * self.bytes if self.memory == "inline" else 0
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What identifies it."""
+        return self.workload, self.driver, self.depth, self.bytes
+
+
+MODES = [("sleeping", 1), ("sleeping", 32), ("polling", 1), ("polling", 32)]
+
+INLINE_LIMIT = 64 * KIB
+"""The device's default limit; larger temporary memory is registered for the one call."""
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for driver, depth in MODES:
+        for size in (4 * KIB, 64 * KIB):
+            yield Case("null-block", driver, depth, size)
+        yield Case("null-invoke", driver, depth)
+        yield Case("invoke-registered", driver, depth, 4 * KIB, "registered")
+        yield Case("invoke-temporary", driver, depth, 4 * KIB, "inline")
+        if depth == 1:
+            for size in (64 * KIB, 1 * MIB, 16 * MIB):
+                yield Case("invoke-registered", driver, depth, size, "registered")
+                yield Case("invoke-temporary", driver, depth, size, "inline" if size <= INLINE_LIMIT else "temporary")
+
+
+Figures = Mapping[str, Any]
+"""One run's: p50_us, p99_us, kreq_s."""
+
+
+@dataclass(slots=True)
+class Results:
+    """All figures: one for each round."""
+
+    runs: dict[tuple[str, str | None, Case], list[Figures]]
+    """By backend, queue (None for the peer) and case."""
+    direct: dict[int, list[float]]
+    """Median of the software TEE alone, in µs, by bytes."""
+    seen_in_place: dict[str, bool]
+    """Whether the TA saw a byte written during its call, by queue."""
+    ready_s: dict[str, float]
+    idle_mb: dict[str, float]
+
+    def of(self, backend: str, queue: str | None, key: tuple[str, str, int, int], what: str) -> list[float]:
+        """A figure in each round."""
+        for (name, ran, case), figures in self.runs.items():
+            if (name, ran, case.key) == (backend, queue, key):
+                return [float(f[what]) for f in figures]
+        raise KeyError(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A named figure and its bound for each queue implementation; ``at_least`` or at most."""
+
+    name: str
+    what: str
+    measure: Callable[[Results, str], float]
+    pure: float
+    compiled: float
+    at_least: bool = True
+
+    def judge(self, results: Results, queue: str) -> dict[str, Any]:
+        """The entry of ``ratios``."""
+        value = self.measure(results, queue)
+        bound = self.compiled if queue == "compiled" else self.pure
+        passed = value >= bound if self.at_least else value <= bound
+        sense = ">=" if self.at_least else "<="
+        return {
+            "name": self.name,
+            "queue": queue,
+            "value": round(value, 3),
+            "floor": bound,
+            "sense": sense,
+            "pass": passed,
+            "what": self.what,
+        }
+
+
+def _against_peer(backend: str, workload: str, driver: str, depth: int) -> Callable[[Results, str], float]:
+    """The median over the rounds of ours ÷ the peer's: speed at depth 1 (latency, inverted), else throughput."""
+    peer_key = ("null-block", driver, depth, 4 * KIB)
+    own_key = (workload, driver, depth, 4 * KIB if workload == "null-block" else 0)
+
+    def measure(results: Results, queue: str) -> float:
+        what = "p50_us" if depth == 1 else "kreq_s"
+        peer = results.of(PEER, None, peer_key, what)
+        own = results.of(backend, queue, own_key, what)
+        pairs = zip(peer, own, strict=True)
+        return median(p / o for p, o in pairs) if depth == 1 else median(o / p for p, o in pairs)
+
+    return measure
+
+
+def _zero_copy(results: Results, queue: str) -> float:
+    """Path time (total − direct) of 16 MiB ÷ that of 4 KiB, from the medians over the rounds."""
+
+    def path(size: int) -> float:
+        total = results.of(TEE, queue, ("invoke-registered", "sleeping", 1, size), "p50_us")
+        return median(t - d for t, d in zip(total, results.direct[size], strict=True))
+
+    return path(16 * MIB) / path(4 * KIB)
+
+
+GOALS: Sequence[Goal] = (
+    Goal(
+        "null-block/sleeping/1",
+        "null block of 4 KiB, sleeping driver, depth 1: the peer's median latency ÷ ours",
+        _against_peer(BLOCK, "null-block", "sleeping", 1),
+        0.95,
+        0.95,
+    ),
+    Goal(
+        "null-block/sleeping/32",
+        "null block of 4 KiB, sleeping driver, depth 32: our requests/s ÷ the peer's",
+        _against_peer(BLOCK, "null-block", "sleeping", 32),
+        0.8,
+        0.95,
+    ),
+    Goal(
+        "null-block/polling/32",
+        "null block of 4 KiB, polling driver, depth 32: our requests/s ÷ the peer's",
+        _against_peer(BLOCK, "null-block", "polling", 32),
+        0.15,
+        0.6,
+    ),
+    Goal(
+        "null-invoke/sleeping/1",
+        "null invoke through device and software TEE, sleeping driver, depth 1: the peer's null block latency ÷ ours",
+        _against_peer(TEE, "null-invoke", "sleeping", 1),
+        0.8,
+        0.9,
+    ),
+    Goal(
+        "null-invoke/sleeping/32",
+        "null invoke, sleeping driver, depth 32: our requests/s ÷ the peer's null block's",
+        _against_peer(TEE, "null-invoke", "sleeping", 32),
+        0.3,
+        0.4,
+    ),
+    Goal(
+        "zero-copy/path",
+        "path time (total − the software TEE alone) of 16 MiB registered ÷ that of 4 KiB; the TA changes each page",
+        _zero_copy,
+        1.1,
+        1.1,
+        at_least=False,
+    ),
+    Goal(
+        "zero-copy/in-place",
+        "a byte that the driver writes during a call is seen by the TA (1: yes)",
+        lambda results, queue: float(results.seen_in_place[queue]),
+        1.0,
+        1.0,
+    ),
+    Goal(
+        "serve/ready",
+        "seconds from starting `virtio-tee serve` to a socket that can be connected to",
+        lambda results, queue: results.ready_s[queue],
+        0.5,
+        0.5,
+        at_least=False,
+    ),
+    Goal(
+        "serve/idle",
+        "resident MB of an idle `virtio-tee serve`",
+        lambda results, queue: results.idle_mb[queue],
+        60.0,
+        60.0,
+        at_least=False,
+    ),
+)
+"""The floors. A figure that misses its bound fails ``bench --check``."""
+
+
+def as_runs(results: Results) -> list[dict[str, Any]]:
+    """The entries of ``runs``: medians over the rounds."""
+    return [
+        {
+            "backend": backend,
+            "queue": queue,
+            "workload": case.workload,
+            "driver": case.driver,
+            "bytes": case.bytes,
+            "depth": case.depth,
+            **{what: round(median(float(f[what]) for f in rounds), 2) for what in ("p50_us", "p99_us", "kreq_s")},
+            "bytes_copied": case.bytes_copied,
+            "event_idx": all(f["event_idx"] for f in rounds),
+            "inflight": all(f["inflight"] for f in rounds),
+            "rounds": len(rounds),
+        }
+        for (backend, queue, case), rounds in results.runs.items()
+    ]
