@@ -1,5 +1,5 @@
-# make demo   the main job on the software TEE          (about 1 minute the first time, then 2 seconds)
-# make test   all tests that need no VM                 (about 2 minutes)
+# make demo   the main job on the software TEE          (half a minute the first time, then 2 seconds)
+# make test   all tests that need no VM                 (about 1 minute)
 # make help   the rest
 
 PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

@@ -85,3 +85,11 @@ def test_options_in_the_documents_exist() -> None:
         for line in re.findall(r"virtio-tee ((?:serve|demo|guest|ta|decode|supplicant)[^`\n]*)", document.read_text()):
             for option in re.findall(r"(?<!\S)--[a-z-]+", line):
                 assert option in known, f"{document.name}: {option}"
+
+
+def test_a_storage_key_that_is_too_short(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"short")
+    shown = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--storage-key", str(key)])
+    assert shown.exit_code == 2
+    assert "16" in shown.stderr

@@ -68,6 +68,7 @@ def meanings(decoded: Decoded) -> dict[str, str]:
 # -- the device's messages
 
 
+@pytest.mark.feature("Commands: `virtio-tee decode`, any wire format to readable fields")
 def test_a_request_with_every_sort_of_parameter() -> None:
     it = decode("request", parse_hex(INVOKE))
     assert it.errors == []

@@ -68,6 +68,7 @@ class Tee:
         return done.code
 
 
+@pytest.mark.feature("TAs: OP-TEE's public examples: AES")
 class TestAes:
     KEY_128 = "2b7e151628aed2a6abf7158809cf4f3c"
     KEY_256 = "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"
@@ -173,6 +174,7 @@ class TestAes:
         assert tee.invoke(5) == Result.NOT_SUPPORTED
 
 
+@pytest.mark.feature("TAs: OP-TEE's public examples: HOTP")
 class TestHotp:
     def test_rfc_4226(self, tee: Tee) -> None:
         """Appendix D: HOTP values for the secret "12345678901234567890" and the counters 0 to 9."""
@@ -195,6 +197,7 @@ class TestHotp:
         assert tee.invoke(2) == Result.BAD_PARAMETERS
 
 
+@pytest.mark.feature("TAs: OP-TEE's public examples: secure storage")
 class TestSecureStorage:
     def test_what_the_public_client_does(self, tee: Tee) -> None:
         """7000 bytes are written, read and deleted; another object comes and goes."""
@@ -231,6 +234,7 @@ class TestSecureStorage:
         assert tee.invoke(1, given(b"a"), given(b"data")) == Result.STORAGE_NOT_AVAILABLE
 
 
+@pytest.mark.feature("TAs: OP-TEE's public examples: asymmetric cipher")
 class TestAcipher:
     ALGORITHMS = (0x60000130, 0x60210230, 0x60310230, 0x60410230, 0x60510230, 0x60610230)
 

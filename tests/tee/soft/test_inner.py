@@ -178,6 +178,7 @@ class TestParameters:
         assert bench.invoke(session, 1, MemRef(IN, Memory.of(bytearray(8)), 0, 8)).code == Result.SUCCESS
 
 
+@pytest.mark.feature("TAs: sessions from TA to TA")
 class TestSessions:
     def test_identity(self, bench: Bench) -> None:
         async def act(ta: Outer, params: Parameters) -> None:

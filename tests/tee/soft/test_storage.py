@@ -115,6 +115,7 @@ def world() -> World:
     return World()
 
 
+@pytest.mark.feature("TAs: secure storage, sealed, its bytes with the supplicant")
 class TestObjects:
     @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK, 5 * BLOCK, 9 * BLOCK + 7])
     def test_content_comes_back(self, world: World, size: int) -> None:
