@@ -33,7 +33,13 @@ class Machine(Generic[S, E, A]):
             raise LookupError(f"{self.name}: {event.name} cannot happen in state {state.name}") from None
 
 
-class CallState(Enum):
+class Fast(Enum):
+    """Members that are looked up in the tables for every request: hashed by identity, not by their names' text."""
+
+    __hash__ = object.__hash__
+
+
+class CallState(Fast):
     """A request in progress, as the device sees it."""
 
     RUNNING = "running in the TEE"
@@ -43,7 +49,7 @@ class CallState(Enum):
     ENDED = "ended"
 
 
-class CallEvent(Enum):
+class CallEvent(Fast):
     """What can happen to a request in progress."""
 
     CANCEL = "the driver cancels it"
@@ -87,7 +93,7 @@ CALL: Machine[CallState, CallEvent, CallAction] = Machine(
 )
 
 
-class RpcState(Enum):
+class RpcState(Fast):
     """An RPC on its way through the device."""
 
     QUEUED = "waits for an event buffer"
@@ -97,7 +103,7 @@ class RpcState(Enum):
     ENDED = "ended, its id free"
 
 
-class RpcEvent(Enum):
+class RpcEvent(Fast):
     """What can happen to an RPC."""
 
     BUFFER = "an event buffer is there"
@@ -149,7 +155,7 @@ RPC: Machine[RpcState, RpcEvent, RpcAction] = Machine(
 )
 
 
-class LifeState(Enum):
+class LifeState(Fast):
     """The guest's state in the device, from one epoch to the next."""
 
     FRESH = "a new epoch; nothing opened"
@@ -159,7 +165,7 @@ class LifeState(Enum):
     DRAINING_STARTED = "the same, and the rings run again"
 
 
-class LifeEvent(Enum):
+class LifeEvent(Fast):
     """What ends, stops and starts it."""
 
     START = "a ring starts, as after a reset"

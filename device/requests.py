@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from device.config import Limits
-from device.messages import RANGE, REQUEST_HEADER, REQUESTS, RESPONSE_HEADER, RequestType, Tail
+from device.messages import NO_FEATURE, RANGE, REQUEST_HEADER, REQUESTS, RESPONSE_HEADER, RequestType, Tail
 from device.params import PARAM_SIZE, RawParam, RequestError, check_raw, unpack_raw
 from device.wire import Feature, Queue, Request, Status
 from pyvhost.errors import FormatError
@@ -80,7 +81,11 @@ def parse_request(
     except FormatError as e:
         raise RequestError(Status.MALFORMED, str(e)) from None
     kind = REQUESTS.get(header.type)
-    if kind is None or kind.queue != queue or kind.feature & features != kind.feature:
+    if (
+        kind is None
+        or kind.queue is not queue
+        or (kind.feature is not NO_FEATURE and kind.feature & features != kind.feature)
+    ):
         raise RequestError(Status.UNSUPPORTED, f"request type {header.type:#x} is not served on this queue")
     if header.flags or not header.tag:
         raise RequestError(Status.MALFORMED, "request header has unknown flags or tag 0")
@@ -135,6 +140,7 @@ def pack_request(request: Request, *, epoch: int, tag: int, context: int, body: 
     return REQUEST_HEADER.pack(type=request, flags=0, epoch=epoch, tag=tag, context=context) + body + tail
 
 
+@lru_cache(maxsize=256)
 def pack_response(
     status: int = Status.OK, ret: int = Result.SUCCESS, origin: int = Origin.TEE, flags: int = 0
 ) -> bytes:
