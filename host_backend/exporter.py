@@ -35,7 +35,7 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """``ADDRESS:PORT`` or ``unix:PATH``. Raises ValueError."""
+        """``ADDRESS:PORT`` or ``unix:/PATH``. Raises ValueError."""
         kind, _, path = text.partition(":")
         if kind == "unix" and path.startswith("/"):
             return cls(path=path)

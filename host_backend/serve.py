@@ -104,13 +104,15 @@ async def serve(
 
 
 def _listen(endpoint: Endpoint) -> Listener:
-    if endpoint.path is not None:
-        return Listener.at_path(endpoint.path)
-    assert endpoint.fd is not None
     try:
+        if endpoint.path is not None:
+            return Listener.at_path(endpoint.path)
+        assert endpoint.fd is not None
         return Listener.from_fd(endpoint.fd)
-    except ValueError as e:
-        raise OSError(str(e)) from None
+    except (ValueError, OSError) as e:
+        where = endpoint.path if endpoint.path is not None else f"fd {endpoint.fd}"
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise OSError(why if where in why else f"{where}: {why}") from None
 
 
 def _attach(dataplane: DataPlane, router: Router) -> None:

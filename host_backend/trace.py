@@ -87,14 +87,16 @@ class Trace(Recorder):
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
-        self._out.write("[\n")
+        self._out.write("[")
+        self._separator = "\n"
         self._vms: dict[str, int] = {}
         self._open: dict[tuple[str, str, int], tuple[float, str]] = {}
         """When each began that has not ended, its route and name."""
         self._broken: dict[tuple[str, int], Exception] = {}
 
     def close(self) -> None:
-        """End the file."""
+        """End the file, which then is a whole JSON array."""
+        self._out.write("\n]\n")
         self._out.close()
 
     def request(self, vm: str, kind: int, tag: int) -> None:
@@ -150,9 +152,13 @@ class Trace(Recorder):
         if pid is None:
             pid = self._vms[vm] = len(self._vms) + 1
             name = {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"VM {vm}" if vm else "no VM"}}
-            self._out.write(json.dumps(name) + ",\n")
-        self._out.write(json.dumps({"pid": pid, "tid": event.get("cat", ""), **event}) + ",\n")
+            self._put(name)
+        self._put({"pid": pid, "tid": event.get("cat", ""), **event})
         self._out.flush()
+
+    def _put(self, event: dict[str, Any]) -> None:
+        self._out.write(self._separator + json.dumps(event))
+        self._separator = ",\n"
 
 
 def request_name(kind: int) -> str:

@@ -40,7 +40,8 @@ def open_driver(socket: str | None, pci: str | None) -> VirtioTeeDriver:
     except (PyvhostError, OSError, TimeoutError) as e:
         if transport is not None:
             transport.close()
-        raise click.ClickException(f"the TEE device cannot be used: {e}") from None
+        where = f" at {socket}; does `virtio-tee serve --socket-path {socket}` run?" if socket else ""
+        raise click.ClickException(f"the TEE device cannot be used: {e}{where}") from None
 
 
 def _vhost_user(path: str, wanted: int) -> Any:

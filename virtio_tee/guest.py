@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from guest_driver.client import Parameter
     from tee.io.supplicant import Services
 
+MAX_OUTPUT = 32 << 20
+"""Most bytes of a `mem-out` parameter."""
+
 _KINDS = {1: "software TEE", 2: "Linux TEE device", 3: "OP-TEE over FF-A"}
 
 
@@ -154,10 +157,17 @@ def _parameter(text: str) -> Parameter:
             case "mem-inout":
                 return client.TempInOut(rest.encode())
             case "mem-out":
-                return client.TempOut(int(rest, 0))
-    except (ValueError, TypeError) as e:
-        raise click.UsageError(f"parameter {text!r}: {e}") from None
+                return client.TempOut(_size(rest))
+    except (ValueError, TypeError, MemoryError, OverflowError) as e:
+        raise click.UsageError(f"parameter {text!r}: {e or 'too large'} (numbers: 41 or 0x29)") from None
     raise click.UsageError(f"parameter {text!r}: see --help for the kinds there are")
+
+
+def _size(text: str) -> int:
+    size = int(text, 0)
+    if not 0 <= size <= MAX_OUTPUT:
+        raise ValueError(f"0 to {MAX_OUTPUT} bytes")
+    return size
 
 
 def _words(text: str) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +104,7 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     "--metrics",
     is_flag=False,
     flag_value="127.0.0.1:9846",
-    metavar="ADDRESS:PORT|unix:PATH",
+    metavar="ADDRESS:PORT|unix:/PATH",
     help="Tell Prometheus metrics there, at /metrics. Without a value: 127.0.0.1:9846. Nobody is asked for a password: "
     "choose an address that only those reach who may know.",
 )
@@ -154,6 +156,7 @@ def serve(
     passed = systemd.listen_fds()
     if not paths and not fds:
         fds = passed
+    _check_fds(fds)
     count = len(paths) + len(fds)
     if vms and len(vms) != count:
         raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
@@ -169,6 +172,7 @@ def serve(
         )
     except ValueError as e:
         raise click.UsageError(str(e)) from None
+    recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
         tee = _soft(keys, threads, built_in_tas, storage_key, longest_call)
@@ -179,11 +183,35 @@ def serve(
         sys.exit(1)
     finally:
         systemd.notify("STOPPING=1")
+        if recorder is not None:
+            recorder.close()
+
+
+def _check_fds(fds: tuple[int, ...]) -> None:
+    """Before this process opens anything: later such a number could be a socket of its own. Raises UsageError."""
+    for fd in fds:
+        try:
+            inherited = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        except OSError:
+            inherited = False
+        if not inherited:
+            raise click.UsageError(f"--fd {fd}: no socket was inherited under that number")
+    if len(set(fds)) != len(fds):
+        raise click.UsageError("the same --fd twice")
 
 
 def _ready() -> None:
     click.echo("virtio-tee: ready", err=True)
     systemd.notify("READY=1")
+
+
+def _public_key(path: Path) -> Any:
+    from tee import package
+
+    try:
+        return package.load_public_key(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path} is no public key in PEM that may sign TAs: {str(e).partition('.')[0]}") from None
 
 
 def _soft(
@@ -208,7 +236,7 @@ def _soft(
         return SoftTee(
             clock=time.monotonic,
             random=secrets.token_bytes,
-            keys=[key.read_bytes() for key in keys],
+            keys=[_public_key(key) for key in keys],
             built_in=built_in,
             threads=threads,
             storage_key=storage_key.read_bytes() if storage_key is not None else None,

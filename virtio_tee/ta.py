@@ -39,6 +39,8 @@ def ta() -> None:
 @click.option("--bits", type=int, default=3072, show_default=True, help="Size of an RSA key.")
 def keygen(name: str, algorithm: str, bits: int) -> None:
     """Make a key pair: NAME.key (private, readable by you alone) and NAME.pem (public)."""
+    if not Path(name).name or name.endswith("/"):
+        raise click.UsageError("NAME is the start of two file names")
     try:
         pair = package.keygen(package.algorithm_named(algorithm), rsa_bits=bits)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -50,6 +52,8 @@ def keygen(name: str, algorithm: str, bits: int) -> None:
         raise click.UsageError(str(e)) from None
     except FileExistsError as e:
         raise click.UsageError(f"{e.filename} is there already; keys are not overwritten") from None
+    except OSError as e:
+        raise click.ClickException(f"{e.filename}: {e.strerror}") from None
     click.echo(f"{name}.key (keep it secret)\n{name}.pem")
 
 
@@ -59,15 +63,29 @@ def keygen(name: str, algorithm: str, bits: int) -> None:
 @click.option("--key", required=True, type=FILE, help="Private key (PEM).")
 @click.option("--ta-version", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--algorithm", type=click.Choice(_NAMES), help="Default: the usual one for the kind of key.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path(), help="Folder, or file, to write to.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path(), help="Folder, or .ta file, to write.")
 def sign(payload: Path, uuid: uuid_module.UUID, key: Path, ta_version: int, algorithm: str | None, out: Path) -> None:
     """Package the Python module PAYLOAD as <uuid>.ta."""
+    if not out.is_dir() and out.suffix != ".ta":
+        raise click.UsageError(f"{out} is no folder: mkdir -p {out}")
     target = out / f"{uuid}.ta" if out.is_dir() else out
+    source = payload.read_bytes()
+    try:
+        compile(source, str(payload), "exec")  # looked at, not run
+    except (SyntaxError, ValueError) as e:
+        raise click.UsageError(f"{payload} is no Python module: {e}") from None
+    try:
+        private = package.load_private_key(key.read_bytes())
+    except ValueError as e:
+        why = str(e).partition(".")[0]
+        raise click.UsageError(f"{key} is no private key in PEM that may sign TAs: {why}") from None
     try:
         chosen = package.algorithm_named(algorithm) if algorithm else None
-        target.write_bytes(package.sign(payload.read_bytes(), uuid, ta_version, key.read_bytes(), chosen))
+        target.write_bytes(package.sign(source, uuid, ta_version, private, chosen))
     except ValueError as e:
         raise click.UsageError(str(e)) from None
+    except OSError as e:
+        raise click.ClickException(f"{target}: {e.strerror}") from None
     click.echo(target)
 
 
@@ -96,6 +114,8 @@ def show(file: Path, keys: tuple[Path, ...], as_json: bool) -> None:
     except TeeError as e:
         click.echo(f"{file}: {e.why}", err=True)
         sys.exit(1)
+    except ValueError as e:
+        raise click.UsageError(f"--key: no public key in PEM: {str(e).partition('.')[0]}") from None
     if as_json:
         click.echo(json.dumps(facts))
     else:

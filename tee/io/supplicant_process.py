@@ -514,7 +514,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"the supplicant cannot start: {error}", file=sys.stderr)
         return 1
-    with socket.socket(fileno=options.fd) as connection:
+    try:
+        inherited = socket.socket(fileno=options.fd)
+    except OSError as error:
+        print(f"the supplicant cannot start: fd {options.fd} is no socket: {error.strerror}", file=sys.stderr)
+        supplicant.close()
+        return 1
+    with inherited as connection:
         try:
             serve_connection(connection, supplicant)
         except ProtocolError as error:

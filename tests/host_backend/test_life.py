@@ -298,7 +298,7 @@ def test_a_trace_of_everything() -> None:
         guest.start(buffers=8)
     guest.end()
     assert trace._open == {}
-    events = json.loads(out.getvalue().rstrip(",\n") + "]")
+    events = json.loads(out.getvalue() + "]")
     begun = sorted((e["cat"], e["name"]) for e in events if e["ph"] == "b")
     assert begun == sorted((e["cat"], e["name"]) for e in events if e["ph"] == "e")
     assert ("requests", "UNREGISTER_MEMORY") in begun

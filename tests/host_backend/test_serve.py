@@ -141,7 +141,7 @@ def test_a_descriptor_that_is_no_socket() -> None:
     try:
         for fd, fds in ((read, [read]), (99, [])):
             shown = run("--fd", str(fd), fds=fds)
-            assert (shown.returncode, "Traceback" in shown.stderr) == (1, False)
+            assert (shown.returncode, "Traceback" in shown.stderr) == (2, False)
     finally:
         os.close(read)
         os.close(write)

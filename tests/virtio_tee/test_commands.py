@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -93,3 +95,47 @@ def test_a_storage_key_that_is_too_short(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--storage-key", str(key)])
     assert shown.exit_code == 2
     assert "16" in shown.stderr
+
+
+@pytest.mark.parametrize("fd", range(3, 10))
+def test_an_fd_that_was_not_inherited(fd: int) -> None:
+    """It may become a socket of the process's own, and must not be taken for a frontend then."""
+    done = subprocess.run(
+        [sys.executable, "-m", "virtio_tee", "serve", "--fd", str(fd)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"--fd {fd}" in done.stderr
+
+
+def test_errors_name_the_place(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "no" / "x.sock")
+    for argv in (["serve", "-s", nowhere], ["guest", "info", "--socket", nowhere]):
+        shown = CliRunner().invoke(main, argv)
+        assert shown.exit_code == 1
+        assert nowhere in shown.stderr
+
+
+def test_parameters_that_make_no_sense() -> None:
+    uuid = "8aaaf200-2450-11e4-abe2-0002a5d5c51b"
+    for word in ("inout:", "in:x", "mem-out:99999999999", "mem-out:-1", "what"):
+        shown = CliRunner().invoke(main, ["guest", "invoke", uuid, "0", "--socket", "/nowhere", word])
+        assert shown.exit_code == 2
+        assert word in shown.stderr
+
+
+def test_a_supplicant_without_a_socket() -> None:
+    shown = CliRunner().invoke(main, ["supplicant", "--fd", "777"])
+    assert shown.exit_code == 1
+    assert not isinstance(shown.exception, OSError)
+
+
+def test_a_key_that_is_none(tmp_path: Path) -> None:
+    key = tmp_path / "random.pem"
+    key.write_bytes(bytes(100))
+    shown = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--ta-key", str(key)])
+    assert shown.exit_code == 2
+    assert str(key) in shown.stderr

@@ -65,3 +65,30 @@ def test_show_of_something_else(tmp_path: Path) -> None:
     shown = run("show", str(other))
     assert shown.exit_code == 1
     assert "not a TA package" in shown.stderr
+
+
+class TestMistakes:
+    def test_folders_that_are_not_there(self, key: Path) -> None:
+        payload = key.parent / "ta.py"
+        payload.write_text("x = 1\n")
+        assert run("keygen", str(key.parent / "no" / "x"), "--algorithm", "ecdsa-p256-sha256").exit_code == 1
+        assert run("keygen", "").exit_code == 2
+        refused = run("sign", str(payload), "--uuid", UUID, "--key", str(key), "-o", str(key.parent / "tas"))
+        assert refused.exit_code == 2
+        assert "mkdir" in refused.stderr
+
+    def test_a_payload_that_is_no_module(self, key: Path) -> None:
+        payload = key.parent / "ta.py"
+        payload.write_text("not py(\n")
+        refused = run("sign", str(payload), "--uuid", UUID, "--key", str(key), "-o", str(key.parent))
+        assert refused.exit_code == 2
+        assert "ta.py" in refused.stderr
+
+    def test_keys_that_are_none(self, signed: Path, key: Path) -> None:
+        noise = signed.parent / "noise"
+        noise.write_bytes(bytes(99))
+        assert run("show", str(signed), "--key", str(noise)).exit_code == 2
+        public = key.with_suffix(".pem")
+        refused = run("sign", str(signed.parent / "ta.py"), "--uuid", UUID, "--key", str(public))
+        assert refused.exit_code == 2
+        assert "private" in refused.stderr

@@ -116,8 +116,8 @@ class Machine(RuleBasedStateMachine):
         if code == Result.SUCCESS:
             assert Writer.result == self.model[name]
         else:
-            assert code == (Result.ITEM_NOT_FOUND if name not in self.model else code)
-            assert name not in self.model or (self.hurt and code in FAULTS), code
+            absent = name not in self.model and code == Result.ITEM_NOT_FOUND
+            assert absent or (self.hurt and code in FAULTS), code
 
     @rule()
     def enumerate(self) -> None:
