@@ -7,12 +7,13 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
+from device.wire import RPC_SERVERS, RpcServer
 from host_backend.epoch import Epoch, deliver
 from host_backend.tables import Pending
 from host_backend.trace import Recorder
 from tee.driver import Done, Event, RpcWithdrawn, TeeDriver
 from tee.results import Result
-from tee.rpc import Rpc, RpcCommand, RpcReply, describe_command
+from tee.rpc import Rpc, RpcReply, describe_command
 
 log = logging.getLogger(__name__)
 
@@ -24,25 +25,13 @@ class Route(Enum):
     REFUSED = "nobody: refused to guests"
 
 
+_IN_THE_GUEST = frozenset({RpcServer.SUPPLICANT, RpcServer.CLIENT_OR_SUPPLICANT, RpcServer.DRIVER})
+
 ROUTES: dict[int, Route] = {
-    RpcCommand.LOAD_TA: Route.GUEST,
-    RpcCommand.FS: Route.GUEST,
-    RpcCommand.SHM_ALLOC: Route.GUEST,
-    RpcCommand.SHM_FREE: Route.GUEST,
-    RpcCommand.SOCKET: Route.GUEST,
-    RpcCommand.PLUGIN: Route.GUEST,
-    RpcCommand.GPROF: Route.GUEST,
-    RpcCommand.FTRACE: Route.GUEST,
-    RpcCommand.GET_TIME: Route.GUEST,
-    RpcCommand.NOTIFICATION: Route.GUEST,
-    RpcCommand.SUSPEND: Route.GUEST,
-    RpcCommand.RPMB: Route.REFUSED,
-    RpcCommand.I2C_TRANSFER: Route.REFUSED,
-    RpcCommand.RPMB_PROBE_RESET: Route.REFUSED,
-    RpcCommand.RPMB_PROBE_NEXT: Route.REFUSED,
-    RpcCommand.RPMB_FRAMES: Route.REFUSED,
+    command: Route.GUEST if server in _IN_THE_GUEST else Route.REFUSED for command, (server, _) in RPC_SERVERS.items()
 }
-"""Command → route, for a TEE that names the call behind an RPC. Commands that are not here are refused."""
+"""Command → route, for a TEE that names the call behind an RPC. Commands that are not here are refused,
+and OCALL is as long as its feature is not offered."""
 
 
 class Flushed(Protocol):
