@@ -7,16 +7,18 @@ all that was its. Nothing of an ended epoch reaches the guest.
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 from uuid import UUID
 
 from device.config import Limits
 from device.ids import IdTable, LimitReachedError
 from device.machines import CALL, CallAction, CallEvent, CallState
-from device.messages import CALLS
+from device.messages import CALLS, REQUEST_HEADER, REQUESTS
 from device.params import MEMREF_TYPES, VALUE_TYPES, RawParam, RequestError, pack_raw, padded, results
-from device.requests import ParsedRequest, pack_response, parse_request, refusal
+from device.requests import RESPONSE_HEADER_SIZE, ParsedRequest, pack_response, parse_request, refusal
 from device.wire import (
     NULL_REGION,
     PARAM_INLINE,
@@ -46,7 +48,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, GenCap, TeeDriver
+from tee.driver import Begun, Done, GenCap, InvokesAtOnce, Outcome, TeeDriver
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -54,6 +56,8 @@ from tee.results import Origin, Result
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Place = TypeVar("Place")
+_INVOKE = int(Request.INVOKE)
 _MAX_ADDRESS = 1 << 64
 
 
@@ -96,22 +100,40 @@ class Epoch:
         self._closing = 0
         self._on_drained = on_drained
         self.trace = trace
+        # whoever times requests wants to be told of each one's beginning and end
+        self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) and trace is None else None
         self.rpcs = GuestRpcs(self, clock)
 
     # -- requests
 
-    def submit(self, slot: Slot, data: bytes, room: int, queue: Queue) -> None:
-        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response."""
+    def submit(
+        self, data: bytes, room: int, queue: Queue, place: Place, slot_of: Callable[[Place], Slot]
+    ) -> bytes | None:
+        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response.
+
+        Returns the response if the request has ended by now. Otherwise it will be given to ``slot_of(place)``, which is
+        called before this returns.
+        """
+        if len(data) == BARE_INVOKE.size and self._at_once is not None and queue is Queue.REQUEST:
+            outcome = self._invoke_bare(data, room)
+            if type(outcome) is tuple:
+                return _bare_response(*outcome)
+        else:
+            outcome = None
         try:
             request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
-            HANDLERS[request.type](self, slot, request)
+            if outcome is not None:
+                self._invoke_begun(slot_of(place), request, outcome)
+                return None
+            response = HANDLERS[request.type](self, slot_of(place), request)
             if self.trace is not None and request.type in ANSWERED_AT_ONCE:
                 self.trace.answered(self.vm, request.type, Status.OK)
+            return response
         except RequestError as e:
             if self.trace is not None:
                 self.trace.answered(self.vm, int.from_bytes(data[:4], "little"), e.status)
             log.debug("vm %s: request refused with %s: %s", self.vm, e.status.name, e.why)
-            slot.respond(refusal(e.status))
+            return refusal(e.status)
 
     def _context(self, request: ParsedRequest) -> ContextEntry:
         context = self.contexts.get(request.context)
@@ -140,7 +162,7 @@ class Epoch:
         if request.type in CALLS and self.running >= self.limits.max_calls:
             raise RequestError(Status.LIMIT, f"{self.running} calls are in progress")
 
-    def _start(self, pending: Pending, call: Call) -> None:
+    def _start(self, pending: Pending, call: Call, begun: Begun | None = None) -> None:
         pending.call = call
         self.calls[pending.request.tag] = pending
         self.running += pending.request.type in CALLS
@@ -148,7 +170,11 @@ class Epoch:
             region.users += 1
         if self.trace is not None:
             self.trace.request(self.vm, pending.request.type, pending.request.tag)
-        self.tee.start(call)
+        if begun is None:
+            self.tee.start(call)
+        else:
+            assert isinstance(call, Invoke)
+            begun.becomes(call)
 
     def open_context(self, slot: Slot, request: ParsedRequest) -> None:
         if request.body.flags:
@@ -232,19 +258,56 @@ class Epoch:
             self.sessions.remove(pending.session.ident)
         return ()
 
-    def invoke(self, slot: Slot, request: ParsedRequest) -> None:
+    def invoke(self, slot: Slot, request: ParsedRequest) -> bytes | None:
         context = self._context(request)
         body = request.body
         session = self._session(context, body.session)
         params, regions = self._params(request, context)
         self._admit(request)
+        begun = None
+        if self._at_once is not None:
+            begun = self._at_once(session.handle, body.func, params)
+            if type(begun) is tuple:
+                code, origin = begun
+                return b"".join((pack_response(Status.OK, code, origin), *_invoke_tail(request.params, params, code)))
         pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
-        self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
+        call = Invoke(owner=pending, session=session.handle, func=body.func, params=params)
+        self._start(pending, call, begun)
+        return None
+
+    def _invoke_bare(self, data: bytes, room: int) -> Outcome | Begun | None:
+        """What came of an INVOKE without parameters, if it could be run at once; None: nothing has happened, and
+        :meth:`submit` goes the long way, be it to refuse the request. This costs a fraction of that.
+        """
+        kind, flags, epoch, tag, context, zero, ident, func, params, zero_too = BARE_INVOKE.unpack(data)
+        session = self.sessions.get(ident)
+        if (
+            kind != _INVOKE
+            or epoch != self.number
+            or flags | zero | params | zero_too
+            or not tag
+            or tag in self.calls
+            or session is None
+            or session.handle is None
+            or session.closing
+            or session.context.ident != context
+            or session.context.closing
+            or self.running >= self.limits.max_calls
+            or room < _BARE_RESPONSE
+        ):
+            return None
+        assert self._at_once is not None
+        return self._at_once(session.handle, func, ())
+
+    def _invoke_begun(self, slot: Slot, request: ParsedRequest, begun: Begun) -> None:
+        """An INVOKE that :meth:`_invoke_bare` has begun waits now."""
+        session = self._session(self._context(request), request.body.session)
+        pending = Pending(self, slot, request, session.context, Epoch._invoked, session=session)
+        self._start(pending, Invoke(owner=pending, session=session.handle, func=request.body.func), begun)
 
     def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert isinstance(pending.call, Invoke)
-        params = pending.request.params
-        return (_ids(len(params)), *_outputs(params, pending.call.params, done.code)) if params else (_NO_PARAMS,)
+        return _invoke_tail(pending.request.params, pending.call.params, done.code)
 
     def register_memory(self, slot: Slot, request: ParsedRequest) -> None:
         context = self._context(request)
@@ -316,7 +379,7 @@ class Epoch:
         self._forget_region(region)
         return ()
 
-    def cancel(self, slot: Slot, request: ParsedRequest) -> None:
+    def cancel(self, slot: Slot, request: ParsedRequest) -> bytes:
         context = self._context(request)
         self._admit(request)
         target = self._find_call(context, request.body.tag)
@@ -327,21 +390,21 @@ class Epoch:
         if target is None:
             raise RequestError(Status.NOT_FOUND, f"no request with tag {request.body.tag:#x}")
         self._step(target, CallEvent.CANCEL)
-        slot.respond(pack_response())
+        return pack_response()
 
     def _find_call(self, context: ContextEntry, tag: int) -> Pending | None:
         pending = self.calls.get(tag)
         return pending if pending is not None and pending.context is context else None
 
-    def rpc_reply(self, slot: Slot, request: ParsedRequest) -> None:
+    def rpc_reply(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.reply(request)
-        slot.respond(pack_response())
+        return pack_response()
 
-    def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> None:
+    def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.acknowledge(request)
-        slot.respond(pack_response())
+        return pack_response()
 
     # -- parameters
 
@@ -531,7 +594,7 @@ def deliver(done: Done) -> None:
         owner.epoch.closed(owner.context)
 
 
-HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
+HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.OPEN_CONTEXT: Epoch.open_context,
     Request.CLOSE_CONTEXT: Epoch.close_context,
     Request.OPEN_SESSION: Epoch.open_session,
@@ -543,7 +606,7 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
     Request.RPC_REPLY: Epoch.rpc_reply,
     Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
 }
-"""Request type → what serves it. Types that are not here belong to features that this backend does not offer."""
+"""Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to features that this backend does not offer."""
 
 ANSWERED_AT_ONCE = frozenset({Request.CANCEL, Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
 """Request types that never become a call of the TEE."""
@@ -563,6 +626,22 @@ def _ids(first: int, second: int = 0) -> bytes:
 
 
 _NO_PARAMS = _ids(0)
+
+BARE_INVOKE = struct.Struct(
+    (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
+)
+"""A whole INVOKE without parameters; its reserved words too, as numbers."""
+_BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
+
+
+@lru_cache(maxsize=256)
+def _bare_response(code: int, origin: int) -> bytes:
+    return pack_response(Status.OK, code, origin) + _NO_PARAMS
+
+
+def _invoke_tail(given: list[RawParam], params: list[Param], code: int) -> tuple[bytes, ...]:
+    """An INVOKE's response after its header."""
+    return (_ids(len(given)), *_outputs(given, params, code)) if given else (_NO_PARAMS,)
 
 
 def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:

@@ -228,6 +228,13 @@ class Scheduler:
         """Run the task whose turn it is, until it waits or ends. There must be one in ``ready``."""
         self._fire(self.ready.popleft(), _RESUME)
 
+    def go_on(self, task: Task, coroutine: Coroutine[Wait, Any, Any], wait: Any) -> None:
+        """Take over ``task``, which ran outside until its coroutine awaited ``wait``, and has one of the threads."""
+        task.state = CallState.RUNNING
+        task.threaded = True
+        task.coroutine = coroutine
+        self._wait_for(task, wait)
+
     def cancel(self, task: Task) -> None:
         """The client asks ``task`` to end."""
         if not task.cancellable:
@@ -313,6 +320,7 @@ class Scheduler:
         self._set_timer(task, wait.seconds)
 
     def _announce(self, task: Task, wait: CallOut) -> None:
+        wait.rpc.call = task.call
         self.rpcs[wait.rpc] = task
         if wait.timeout is not None:
             self._set_timer(task, wait.timeout)
@@ -365,6 +373,10 @@ class Scheduler:
         except BaseException as error:
             self._fire(task, _RETURN, (None, error))
             return
+        self._wait_for(task, wait)
+
+    def _wait_for(self, task: Task, wait: Any) -> None:
+        """The coroutine of ``task``, which was running, awaits ``wait``: whatever a TA may give."""
         if not isinstance(wait, _WAITS):
             self._kill(task, f"awaits {type(wait).__name__}, which is nothing of its environment")
         elif task.forced and task.refusals > MAX_REFUSALS:
@@ -392,11 +404,12 @@ class Scheduler:
     def _end(self, task: Task, outcome: tuple[Any, BaseException | None]) -> None:
         if task.threaded:
             task.threaded = False
-            self._pass_thread_on()
+            self.pass_thread_on()
         task.coroutine = None
         task.ended(task, *outcome)
 
-    def _pass_thread_on(self) -> None:
+    def pass_thread_on(self) -> None:
+        """A thread is free: the next that waits has it."""
         while self._waiting:
             task = self._waiting.popleft()
             if task.state == _WAITING:
