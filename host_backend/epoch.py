@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 from uuid import UUID
@@ -17,7 +18,18 @@ from device.config import Limits
 from device.ids import IdTable, LimitReachedError
 from device.machines import CALL, CallAction, CallEvent, CallState
 from device.messages import CALLS, REQUEST_HEADER, REQUESTS
-from device.params import MEMREF_TYPES, VALUE_TYPES, RawParam, RequestError, pack_raw, padded, results
+from device.params import (
+    MEMREF_TYPES,
+    PARAM_SIZE,
+    VALUE_TYPES,
+    RawParam,
+    RequestError,
+    check_raw,
+    pack_raw,
+    padded,
+    results,
+    unpack_raw,
+)
 from device.requests import RESPONSE_HEADER_SIZE, ParsedRequest, pack_response, parse_request, refusal
 from device.wire import (
     NULL_REGION,
@@ -48,7 +60,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Begun, Done, GenCap, InvokesAtOnce, Outcome, TeeDriver
+from tee.driver import Begun, Done, GenCap, InvokesAtOnce, TeeDriver
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -58,6 +70,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Place = TypeVar("Place")
 _INVOKE = int(Request.INVOKE)
+_IN, _OUT = Direction.IN, Direction.OUT
 _MAX_ADDRESS = 1 << 64
 
 
@@ -114,16 +127,16 @@ class Epoch:
         Returns the response if the request has ended by now. Otherwise it will be given to ``slot_of(place)``, which is
         called before this returns.
         """
-        if len(data) == BARE_INVOKE.size and self._at_once is not None and queue is Queue.REQUEST:
-            outcome = self._invoke_bare(data, room)
-            if type(outcome) is tuple:
-                return _bare_response(*outcome)
-        else:
-            outcome = None
+        begun: Unfinished | None = None
         try:
+            if self._at_once is not None and queue is Queue.REQUEST and len(data) >= INVOKE_HEAD.size:
+                outcome = self._invoke_at_once(data, room)
+                if isinstance(outcome, bytes):
+                    return outcome
+                begun = outcome
             request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
-            if outcome is not None:
-                self._invoke_begun(slot_of(place), request, outcome)
+            if begun is not None:
+                self._invoke_begun(slot_of(place), request, begun)
                 return None
             response = HANDLERS[request.type](self, slot_of(place), request)
             if self.trace is not None and request.type in ANSWERED_AT_ONCE:
@@ -219,7 +232,7 @@ class Epoch:
         body = request.body
         if body.client_login == Login.REE_KERNEL:
             raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
-        params, regions = self._params(request, context)
+        params, regions = self._params(request.params, request.data, request.inline_at, context)
         self._admit(request)
         session = SessionEntry(context)
         session.ident = _add(self.sessions, session, "sessions")
@@ -258,52 +271,72 @@ class Epoch:
             self.sessions.remove(pending.session.ident)
         return ()
 
-    def invoke(self, slot: Slot, request: ParsedRequest) -> bytes | None:
+    def invoke(self, slot: Slot, request: ParsedRequest) -> None:
         context = self._context(request)
         body = request.body
         session = self._session(context, body.session)
-        params, regions = self._params(request, context)
+        params, regions = self._params(request.params, request.data, request.inline_at, context)
         self._admit(request)
-        begun = None
-        if self._at_once is not None:
-            begun = self._at_once(session.handle, body.func, params)
-            if type(begun) is tuple:
-                code, origin = begun
-                return b"".join((pack_response(Status.OK, code, origin), *_invoke_tail(request.params, params, code)))
         pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
-        call = Invoke(owner=pending, session=session.handle, func=body.func, params=params)
-        self._start(pending, call, begun)
-        return None
+        self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
 
-    def _invoke_bare(self, data: bytes, room: int) -> Outcome | Begun | None:
-        """What came of an INVOKE without parameters, if it could be run at once; None: nothing has happened, and
-        :meth:`submit` goes the long way, be it to refuse the request. This costs a fraction of that.
+    def _invoke_at_once(self, data: bytes, room: int) -> bytes | Unfinished | None:
+        """The response to an INVOKE that could be run at once, or what is still to be done of it; None: nothing has
+        happened, and :meth:`submit` goes the long way, be it to refuse the request. This costs a fraction of that.
+
+        Raises RequestError as that would.
         """
-        kind, flags, epoch, tag, context, zero, ident, func, params, zero_too = BARE_INVOKE.unpack(data)
-        session = self.sessions.get(ident)
+        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = INVOKE_HEAD.unpack_from(data)
+        session = self.sessions.get(session_ident)
         if (
             kind != _INVOKE
             or epoch != self.number
-            or flags | zero | params | zero_too
+            or flags | zero | zero_too
             or not tag
             or tag in self.calls
             or session is None
             or session.handle is None
             or session.closing
-            or session.context.ident != context
-            or session.context.closing
+            or (context := session.context).ident != ident
+            or context.closing
             or self.running >= self.limits.max_calls
-            or room < _BARE_RESPONSE
         ):
             return None
-        assert self._at_once is not None
-        return self._at_once(session.handle, func, ())
+        at_once = self._at_once
+        assert at_once is not None
+        if not count:
+            if len(data) != INVOKE_HEAD.size or room < _BARE_RESPONSE:
+                return None
+            outcome = at_once(session.handle, func, ())
+            if isinstance(outcome, tuple):
+                return _bare_response(*outcome)
+            return None if outcome is None else Unfinished(outcome, session, [], [])
+        end = INVOKE_HEAD.size + count * PARAM_SIZE
+        if count > self.limits.max_params or end > len(data):
+            return None
+        given = unpack_raw(data, INVOKE_HEAD.size, count)
+        inline_in, inline_out = check_raw(given, inline=bool(self.features & Feature.INLINE))
+        if (
+            len(data) != end + inline_in
+            or max(inline_in, inline_out) > self.limits.max_inline_bytes
+            or room < _BARE_RESPONSE + count * PARAM_SIZE + inline_out
+        ):
+            return None
+        params, regions = self._params(given, data, end, context)
+        outcome = at_once(session.handle, func, params)
+        if isinstance(outcome, tuple):
+            code, origin = outcome
+            return b"".join((pack_response(Status.OK, code, origin), *_invoke_tail(given, params, code)))
+        return None if outcome is None else Unfinished(outcome, session, params, regions)
 
-    def _invoke_begun(self, slot: Slot, request: ParsedRequest, begun: Begun) -> None:
-        """An INVOKE that :meth:`_invoke_bare` has begun waits now."""
-        session = self._session(self._context(request), request.body.session)
-        pending = Pending(self, slot, request, session.context, Epoch._invoked, session=session)
-        self._start(pending, Invoke(owner=pending, session=session.handle, func=request.body.func), begun)
+    def _invoke_begun(self, slot: Slot, request: ParsedRequest, unfinished: Unfinished) -> None:
+        """An INVOKE that :meth:`_invoke_at_once` has begun waits now."""
+        session = unfinished.session
+        pending = Pending(
+            self, slot, request, session.context, Epoch._invoked, session=session, regions=unfinished.regions
+        )
+        call = Invoke(owner=pending, session=session.handle, func=request.body.func, params=unfinished.params)
+        self._start(pending, call, unfinished.begun)
 
     def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert isinstance(pending.call, Invoke)
@@ -408,23 +441,27 @@ class Epoch:
 
     # -- parameters
 
-    def _params(self, request: ParsedRequest, context: ContextEntry) -> tuple[list[Param], list[RegionEntry]]:
-        """The parameters as the TEE takes them, and the regions that they use."""
+    def _params(
+        self, given: list[RawParam], data: bytes, at: int, context: ContextEntry
+    ) -> tuple[list[Param], list[RegionEntry]]:
+        """The parameters as the TEE takes them, with inline memory from ``data[at:]``, and the regions that they use.
+
+        Raises RequestError.
+        """
         params: list[Param] = []
         regions: list[RegionEntry] = []
-        at = request.inline_at
-        for attr, a, b, c in request.params:
+        for attr, a, b, c in given:
             meta = bool(attr & PARAM_META)
             kind = attr & PARAM_TYPE_MASK
             if kind in VALUE_TYPES:
                 direction = VALUE_TYPES[kind]
                 params.append(
-                    Value(direction, a, b, c, meta) if direction is not Direction.OUT else Value(direction, meta=meta)
+                    Value(direction, a, b, c, meta) if direction is not _OUT else Value(direction, 0, 0, 0, meta)
                 )
             elif kind in MEMREF_TYPES:
                 direction = MEMREF_TYPES[kind]
                 if attr & PARAM_INLINE:
-                    params.append(MemRef(direction, _inline(direction, request.data, at, b), 0, b, meta))
+                    params.append(MemRef(direction, _inline(direction, data, at, b), 0, b, meta))
                     if direction.is_input:
                         at += padded(b)
                 elif c == NULL_REGION:
@@ -606,7 +643,8 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.RPC_REPLY: Epoch.rpc_reply,
     Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
 }
-"""Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to features that this backend does not offer."""
+"""Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
+features that this backend does not offer."""
 
 ANSWERED_AT_ONCE = frozenset({Request.CANCEL, Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
 """Request types that never become a call of the TEE."""
@@ -627,11 +665,21 @@ def _ids(first: int, second: int = 0) -> bytes:
 
 _NO_PARAMS = _ids(0)
 
-BARE_INVOKE = struct.Struct(
+INVOKE_HEAD = struct.Struct(
     (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
 )
-"""A whole INVOKE without parameters; its reserved words too, as numbers."""
+"""An INVOKE up to its parameters; its reserved words too, as numbers."""
 _BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """An INVOKE that was begun at once and waits: what :meth:`Epoch._invoke_at_once` has found out about it."""
+
+    begun: Begun
+    session: SessionEntry
+    params: list[Param]
+    regions: list[RegionEntry]
 
 
 @lru_cache(maxsize=256)
@@ -653,10 +701,9 @@ def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:
 def _outputs(given: list[RawParam], params: list[Param], code: int) -> list[bytes]:
     """The tail of a response: the parameters with their outputs, then inline memory."""
     parts = [pack_raw(results(given, params, code))]
-    for raw, param in zip(given, params, strict=True):
-        if raw[0] & PARAM_INLINE and isinstance(param, MemRef) and param.direction.is_output:
+    for (attr, _, capacity, _), param in zip(given, params, strict=True):
+        if attr & PARAM_INLINE and type(param) is MemRef and param.direction is not _IN:
             assert param.memory is not None
-            capacity = raw[2]
             short = code == Result.SHORT_BUFFER and param.size > capacity
             parts.append(bytes(capacity) if short else bytes(param.memory.segments[0]))
             parts.append(bytes(padded(capacity) - capacity))

@@ -164,10 +164,11 @@ class SoftTee:
             or instance.owner is not None
             or context.state is not _CONTEXT_OPEN
             or context.tee is not self
-            or not 0 <= func < 1 << 32
         ):
             return None
         try:
+            if not 0 <= func < 1 << 32:
+                return None
             seen, pairs, leases = admit(params, context) if params else (Parameters(), [], [])
         except (TeeError, TypeError, AttributeError):
             return None
