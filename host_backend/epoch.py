@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,8 +114,7 @@ class Epoch:
         self._closing = 0
         self._on_drained = on_drained
         self.trace = trace
-        # whoever times requests wants to be told of each one's beginning and end
-        self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) and trace is None else None
+        self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
         self.rpcs = GuestRpcs(self, clock)
 
     # -- requests
@@ -175,14 +175,14 @@ class Epoch:
         if request.type in CALLS and self.running >= self.limits.max_calls:
             raise RequestError(Status.LIMIT, f"{self.running} calls are in progress")
 
-    def _start(self, pending: Pending, call: Call, begun: Begun | None = None) -> None:
+    def _start(self, pending: Pending, call: Call, begun: Begun | None = None, at: int = 0) -> None:
         pending.call = call
         self.calls[pending.request.tag] = pending
         self.running += pending.request.type in CALLS
         for region in pending.regions:
             region.users += 1
         if self.trace is not None:
-            self.trace.request(self.vm, pending.request.type, pending.request.tag)
+            self.trace.request(self.vm, pending.request.type, pending.request.tag, at or time.monotonic_ns())
         if begun is None:
             self.tee.start(call)
         else:
@@ -304,13 +304,16 @@ class Epoch:
             return None
         at_once = self._at_once
         assert at_once is not None
+        at = time.monotonic_ns() if self.trace is not None else 0
         if not count:
             if len(data) != INVOKE_HEAD.size or room < _BARE_RESPONSE:
                 return None
             outcome = at_once(session.handle, func, ())
             if isinstance(outcome, tuple):
+                if self.trace is not None:
+                    self.trace.served(self.vm, _INVOKE, tag, at, outcome[0])
                 return _bare_response(*outcome)
-            return None if outcome is None else Unfinished(outcome, session, [], [])
+            return None if outcome is None else Unfinished(outcome, at, session, [], [])
         end = INVOKE_HEAD.size + count * PARAM_SIZE
         if count > self.limits.max_params or end > len(data):
             return None
@@ -326,8 +329,10 @@ class Epoch:
         outcome = at_once(session.handle, func, params)
         if isinstance(outcome, tuple):
             code, origin = outcome
+            if self.trace is not None:
+                self.trace.served(self.vm, _INVOKE, tag, at, code)
             return b"".join((pack_response(Status.OK, code, origin), *_invoke_tail(given, params, code)))
-        return None if outcome is None else Unfinished(outcome, session, params, regions)
+        return None if outcome is None else Unfinished(outcome, at, session, params, regions)
 
     def _invoke_begun(self, slot: Slot, request: ParsedRequest, unfinished: Unfinished) -> None:
         """An INVOKE that :meth:`_invoke_at_once` has begun waits now."""
@@ -336,7 +341,7 @@ class Epoch:
             self, slot, request, session.context, Epoch._invoked, session=session, regions=unfinished.regions
         )
         call = Invoke(owner=pending, session=session.handle, func=request.body.func, params=unfinished.params)
-        self._start(pending, call, unfinished.begun)
+        self._start(pending, call, unfinished.begun, unfinished.at)
 
     def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert isinstance(pending.call, Invoke)
@@ -386,7 +391,7 @@ class Epoch:
         self.calls[request.tag] = pending
         region.unregister = pending
         if self.trace is not None:
-            self.trace.request(self.vm, request.type, request.tag)
+            self.trace.request(self.vm, request.type, request.tag, time.monotonic_ns())
         self._unregister_if_unused(region)
 
     def _unregister_if_unused(self, region: RegionEntry) -> None:
@@ -677,6 +682,8 @@ class Unfinished:
     """An INVOKE that was begun at once and waits: what :meth:`Epoch._invoke_at_once` has found out about it."""
 
     begun: Begun
+    at: int
+    """When, in nanoseconds, if anybody wants to know."""
     session: SessionEntry
     params: list[Param]
     regions: list[RegionEntry]

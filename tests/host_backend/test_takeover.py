@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from device.config import Limits
@@ -21,6 +23,9 @@ from tests.pyvhost.fakes import GUEST, F, Vmm
 
 QUEUES = (Queue.CONTROL, Queue.EVENT, Queue.REQUEST)
 RESPONSE, EVENTS = 0x9000, 0xA000
+
+
+EPOCHS = itertools.count(1000)  # no two backends have the same
 
 
 class StuckTee:
@@ -82,14 +87,13 @@ class Guest:
 
     def attach(self) -> None:
         self.tee = StuckTee()
-        numbers = iter(range(1000 + id(self.tee) % 1000, 1 << 40))
         self.device = TeeDevice(
             Router(self.tee, lambda: 0.0),
             vm="one",
             limits=Limits(),
             request_queues=1,
             clock=lambda: 0.0,
-            new_epoch=lambda: next(numbers),
+            new_epoch=lambda: next(EPOCHS),
         )
         self.vmm = Vmm(self.device)
         self.vmm.negotiate()
