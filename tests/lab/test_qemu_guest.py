@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -84,6 +86,25 @@ def test_the_demo_of_two_processes_in_a_guest(guest: Guest) -> None:
     assert set(seen) == CONTRACT
     assert seen["result"] == "ok"
     assert seen["ta_loaded_over_rpc"] is True
+
+
+def test_the_guide_with_its_commands() -> None:
+    """docs/qemu.md: TAs of a folder go into the guest as it boots."""
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
+        tas, backend = Path(folder) / "tas", Backend(Path(folder))
+        tas.mkdir()
+        backend.start()
+        boot = [sys.executable, "-m", "lab.qemu", "boot", "--socket", str(backend.socket), "--ta-folder", str(tas)]
+        none = subprocess.run(boot, capture_output=True, text=True, timeout=60, check=False)
+        assert none.returncode == 1
+        assert "no .ta file" in none.stderr
+        for name in ("hello_world", "random", "probe"):
+            (tas / f"{UUIDS[name]}.ta").write_bytes(backend.package(name))
+        command = [*boot, "--", "virtio-tee", "demo", "--device", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["ta_loaded_over_rpc"] is True
+        assert backend.stop() == 0
 
 
 def of_lane(backend: Backend, lane: str) -> list[dict[str, object]]:

@@ -119,7 +119,9 @@ def ours(backend: Backend) -> RpcServer:
     return Services(ta_folders=(str(backend.folder / "tas"),), fs_folder=str(backend.folder / "files")).supplicant()
 
 
-@pytest.mark.feature("Supplicant: OP-TEE's own tee-supplicant, unmodified, serves a guest's TAs and their storage")
+@pytest.mark.feature(
+    "Supplicant: OP-TEE's own tee-supplicant, unmodified, serves a guest's TAs and files (skipped without its source)"
+)
 def test_a_guest_with_the_real_one(build: TeeSupplicant, backend: Backend) -> None:
     """TAs are loaded, objects written, read, renamed, listed and deleted: all operations but TRUNCATE are sent."""
     operations: set[int] = set()
@@ -259,7 +261,7 @@ EXPECTED_OF_READS = [
 ]
 
 
-@pytest.mark.feature("Supplicant: answers file operations as OP-TEE's tee-supplicant does")
+@pytest.mark.feature("Supplicant: answers file operations as OP-TEE's tee-supplicant does (skipped without its source)")
 def test_the_same_answers(build: TeeSupplicant, folder: Path) -> None:
     with RealSupplicant(build, folder, folder / "theirs") as supplicant:
         theirs = story(Asker(supplicant))
