@@ -10,7 +10,7 @@ from pyvhost.dirtylog import RingLog
 from pyvhost.errors import MemoryFault, ProtocolError, RingError, StateError
 from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
-from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
 from pyvhost.vring.split import (
     DESC,
     DESC_F_INDIRECT,
@@ -412,7 +412,9 @@ class SplitDeviceQueue:
 
     # --- what outlives this backend, and this host
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
+        if not isinstance(inflight, SplitInflight):
+            raise StateError("a split queue, and a recorder of packed ones")
         used = self._used_idx
         mine = [head for head, room in enumerate(self._held) if room >= 0]
         if mine:

@@ -19,7 +19,7 @@ SIZE = 8
 
 def backend(queue: str, pair: RingPair, record: memoryview, base: int, **options: Any) -> DeviceQueue:
     device = queue_class(False, queue)(SIZE, pair.memory, *pair.parts, fences=Fences.none(), base=base, **options)
-    device.track(SplitInflight(record, SIZE))
+    device.track(SplitInflight(record))
     return device
 
 
@@ -99,7 +99,7 @@ def test_what_is_recovered_goes_on_after_a_pause(queue: str) -> None:
     base = device.stop()
     following = queue_class(False, queue)(SIZE, pair.memory, *pair.parts, fences=Fences.none(), base=base)
     following.adopt(device)
-    following.track(SplitInflight(record, SIZE))
+    following.track(SplitInflight(record))
     assert len(following.recovered) == 2
     following.push(taken.head)
     assert following.drain(lambda chain: 0) is False

@@ -65,7 +65,7 @@ def run(
             **options,
         )
         if inflight:
-            queue.track(SplitInflight(record, 8))
+            queue.track(SplitInflight(record))
         return queue
 
     try:
