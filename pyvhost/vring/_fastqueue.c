@@ -954,8 +954,9 @@ static uint64_t positions(uint32_t used, uint32_t used_wrap, uint32_t old, uint3
 	return (uint64_t)used | (uint64_t)old << 16 | (uint64_t)used_wrap << 32 | (uint64_t)old_wrap << 40;
 }
 
-/* A request of the ``count`` descriptors in ``table`` was popped. */
-static void record_taken_packed(Queue *q, uint32_t count, uint16_t *first, uint16_t *last)
+/* ``head`` was popped: the ``count`` descriptors in ``table``. Its id, which only the last one has to have, is written
+ * with each. */
+static void record_taken_packed(Queue *q, uint32_t head, uint32_t count, uint16_t *first, uint16_t *last)
 {
 	uint32_t index = q->record_free;
 	*first = (uint16_t)index;
@@ -963,7 +964,7 @@ static void record_taken_packed(Queue *q, uint32_t count, uint16_t *first, uint1
 		struct desc d;
 		memcpy(&d, q->table + 16 * (size_t)n, sizeof d);
 		size_t at = packed_entry(index);
-		record64(q, at + PACKED_BUFFER, (uint64_t)d.three | (uint64_t)d.four << 16 | (uint64_t)d.len << 32);
+		record64(q, at + PACKED_BUFFER, head | (uint64_t)d.four << 16 | (uint64_t)d.len << 32);
 		record64(q, at + PACKED_ADDRESS, d.addr);
 		*last = (uint16_t)index;
 		index = q->links[index];
@@ -1224,7 +1225,7 @@ static int take_packed(Queue *q, Chain **chain)
 	q->next = position;
 	uint16_t first = 0, last = 0;
 	if (q->record.obj)
-		record_taken_packed(q, count, &first, &last);
+		record_taken_packed(q, d.three, count, &first, &last);
 	return hold(q, d.three, count, first, last, walk_packed(q, count), chain);
 }
 

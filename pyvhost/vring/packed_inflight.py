@@ -190,7 +190,8 @@ class PackedInflight:
         self.words[VERSION_WORD] = 0
 
     def taken(self, head: int, descriptors: Sequence[tuple[int, int, int]]) -> None:
-        """``head`` was popped, which consists of these descriptors of the ring: address, length, flags."""
+        """``head`` was popped, which consists of these descriptors of the ring: address, length, flags.
+        Its id, which only the last one has to have, is written with each."""
         longs, links = self.longs, self.links
         first = index = last = self.free
         for addr, length, flags in descriptors:

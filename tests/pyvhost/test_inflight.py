@@ -15,18 +15,21 @@ from pyvhost.inflight import (
     REGION_PACKED,
     REGION_SPLIT,
     SplitInflight,
+    capacity,
     region_size,
 )
 from pyvhost.messages import INFLIGHT as LAYOUT
 from pyvhost.messages import U64, VRING_STATE, Feature
 from pyvhost.testing import ring_pair
 from pyvhost.vring.api import Fences
+from pyvhost.vring.choice import queue_class
+from pyvhost.vring.packed import INITIAL_BASE, unpack_base
 from pyvhost.vring.packed_device import PackedDeviceQueue
 from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.split_device import SplitDeviceQueue
 from tests.pyvhost.fakes import Disconnected, F, Vmm
 from tests.pyvhost.toys import Echo, Late
-from tests.pyvhost.vring.kinds import Kind
+from tests.pyvhost.vring.kinds import QUEUES, Kind
 
 
 def test_layouts_are_those_of_the_document() -> None:
@@ -242,10 +245,20 @@ def test_recovered_in_the_order_of_taking(packed: bool) -> None:
     assert [c.head for c in again.recovered] == taken
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("entries", [1, 4, 7, 8, 1024, 1 << 15])
+def test_capacity(packed: bool, entries: int) -> None:
+    size = region_size(entries, packed=packed)
+    assert entries <= capacity(size, packed=packed) <= min(entries + 3, 1 << 15)
+    assert capacity(16, packed=packed) == 0
+
+
 def test_a_region_that_is_too_small() -> None:
     track = SplitInflight(memoryview(bytearray(region_size(4))))
     with pytest.raises(RingError, match="a ring of 8"):
         track.recover(8, 0)
+    with pytest.raises(RingError, match="a ring of 8"):
+        PackedInflight(memoryview(bytearray(region_size(4, packed=True)))).recover(8, 0, memoryview(bytes(128)))
 
 
 @settings(max_examples=300)
@@ -264,6 +277,94 @@ def test_any_region(data: bytes, used_idx: int, valid_head: bool) -> None:
         assert set(heads) <= set(range(4))
         assert track.words[7] == used_idx
         assert track.recover(4, used_idx) == heads
+
+
+WILD = st.sampled_from([0, 1, 2, 3, 4, 5, 0xFF, 0x7FFF, 0xFFFF])
+
+
+@settings(max_examples=600)
+@given(
+    heads=st.lists(WILD, min_size=2, max_size=2),
+    positions=st.lists(WILD, min_size=2, max_size=2),
+    wraps=st.lists(st.sampled_from([0, 1, 2, 0xFF]), min_size=2, max_size=2),
+    entries=st.lists(st.tuples(st.booleans(), WILD, WILD, WILD, st.integers(0, 3), WILD), min_size=4, max_size=4),
+    ring=st.binary(min_size=64, max_size=64),
+)
+def test_any_packed_region(
+    heads: list[int], positions: list[int], wraps: list[int], entries: list[tuple[Any, ...]], ring: bytes
+) -> None:
+    region = bytearray(REGION_PACKED.pack(0, 1, 4, *heads, *positions, *wraps, [0] * 7))
+    for inflight, following, last, num, counter, head in entries:
+        region += DESC_STATE_PACKED.pack(inflight, following, last, num, counter, head, 0, 8, 0)
+    region += bytes(region_size(4, packed=True) - len(region))
+    before = bytes(region)
+    track = PackedInflight(memoryview(region))
+    try:
+        found = track.recover(4, INITIAL_BASE, memoryview(ring))
+    except RingError:
+        assert region == before
+        return
+    assert found is not None
+    base, requests = found
+    position, _, used, _ = unpack_base(base)
+    taken = sum(len(request.descriptors) // 16 for request in requests)
+    assert position < 4
+    assert used < 4
+    assert (used + taken) % 4 == position
+    assert len({request.head for request in requests}) == len(requests)
+    assert len({request.first for request in requests} | {request.last for request in requests}) <= taken
+    # It can be worked with: what is free is free, each entry once.
+    free = []
+    index = track.free
+    while index != 4:
+        free.append(index)
+        index = track.links[index]
+    assert len(free) == 4 - taken
+    assert track.recover(4, INITIAL_BASE, memoryview(ring)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("free_head", {"free_head": 4, "old_free_head": 5}),
+        ("a loop among the free ones", {"next": {2: 3, 3: 2}}),
+        ("a loop in a request", {"next": {0: 0}}),
+        ("a request that goes on outside", {"next": {0: 9}}),
+        ("a request that goes on among the free ones", {"next": {0: 2}}),
+        ("more descriptors than the ring", {"num": 5}),
+        ("none", {"num": 0}),
+        ("another end", {"last": 0}),
+        ("a position outside", {"used_idx": 4, "old_used_idx": 4}),
+        ("a wrap counter", {"used_wrap_counter": 2, "old_used_wrap_counter": 2}),
+        ("an entry that is nowhere", {"next": {2: 4}}),
+        ("fewer entries than the ring", {"desc_num": 3}),
+        ("more entries than the region", {"desc_num": 0xFFFF}),
+        ("the version", {"version": 2}),
+    ],
+)
+@pytest.mark.parametrize("queue", QUEUES)
+def test_a_packed_region_that_lies(queue: str, name: str, values: dict[str, Any]) -> None:
+    """One request of two descriptors is in flight, in a region that is right but for one thing: refused, unchanged."""
+    pair = ring_pair(4, packed=True, queue=queue)
+    region = bytearray(region_size(4, packed=True))
+    pair.device.track(PackedInflight(memoryview(region)))
+    pair.driver.add([(pair.data, 8)] * 2, [], 1)
+    assert pair.device.pop() is not None
+    head = REGION_PACKED.unpack(region)._asdict()
+    region[: REGION_PACKED.size] = REGION_PACKED.pack(**head | {k: v for k, v in values.items() if k in head})
+    entries = [DESC_STATE_PACKED.unpack(region, 32 + 32 * n)._asdict() for n in range(4)]
+    for n, following in values.get("next", {}).items():
+        entries[n]["next"] = following
+    entries[0] |= {k: v for k, v in values.items() if k in ("num", "last")}
+    for n, entry in enumerate(entries):
+        region[32 + 32 * n : 64 + 32 * n] = DESC_STATE_PACKED.pack(**entry)
+    before = bytes(region)
+    new = queue_class(True, queue)(4, pair.memory, *pair.parts, fences=Fences.none(), base=INITIAL_BASE)
+    with pytest.raises(RingError):
+        new.track(PackedInflight(memoryview(region)))
+    assert region == before
+    assert new.in_flight == 0
+    assert not new.recovered
 
 
 def test_resume_says_what_is_in_flight_and_nothing_else() -> None:
@@ -290,7 +391,9 @@ def make_region(vmm: Vmm, queues: int = 2, padding: bytes = bytes(4)) -> tuple[i
     answer = vmm.tell(F.GET_INFLIGHT_FD, LAYOUT.pack(0, 0, queues, 8) + padding)
     assert len(answer) == LAYOUT.size + len(padding)
     body = LAYOUT.unpack(answer)
-    assert (body.mmap_size, body.mmap_offset) == (queues * region_size(8), 0)
+    # for the largest ring that there can be, whatever was asked for
+    assert (body.mmap_size, body.mmap_offset) == (queues * region_size(1024), 0)
+    assert (body.num_queues, body.queue_size) == (queues, 1024)
     (made,) = vmm.reply_fds
     assert len(vmm.ports.made[made]) == body.mmap_size
     fd = vmm.fd()
@@ -380,16 +483,26 @@ def test_a_reset_clears_the_region() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "offset", "queues", "entries"),
-    [(0, 0, 1, 8), (1 << 40, 0, 1, 8), (192, 0, 0, 8), (192, 0, 3, 8), (192, 1 << 40, 1, 8), (192, 0, 1, 0)],
+    ("size", "offset", "queues", "entries", "refused"),
+    [
+        (192, 0, 1, 8, False),
+        (4096, 64, 2, 8, False),  # larger than it had to be
+        (0, 0, 1, 8, True),
+        (1 << 40, 0, 1, 8, True),  # not in this file
+        (192, 0, 0, 8, True),
+        (192, 0, 3, 8, True),
+        (192, 1 << 40, 1, 8, True),
+        (192, 4, 1, 8, True),  # misaligned
+        (192, 0, 1, 0, True),
+        (192, 0, 1, 1 << 15, True),
+    ],
 )
-def test_wrong_regions(size: int, offset: int, queues: int, entries: int) -> None:
+def test_regions(size: int, offset: int, queues: int, entries: int, refused: bool) -> None:
     vmm = Vmm(Echo())
     vmm.negotiate()
     body = LAYOUT.pack(size, offset, queues, entries)
-    expected = 0 if size == 1 << 40 else 1  # more is announced than needed: no harm
-    assert vmm.ack(F.SET_INFLIGHT_FD, body, vmm.fd()) == expected
-    assert not vmm.ports.open_fds
+    assert vmm.ack(F.SET_INFLIGHT_FD, body, vmm.fd()) == refused
+    assert bool(vmm.ports.open_fds) is False
     assert vmm.ack(F.SET_INFLIGHT_FD, body + bytes(3), vmm.fd()) == 1
     if not 1 <= queues <= 2 or not entries:
         with pytest.raises(Disconnected):
@@ -397,10 +510,24 @@ def test_wrong_regions(size: int, offset: int, queues: int, entries: int) -> Non
     vmm.leave()
 
 
+def test_queue_size_may_be_what_was_asked_for() -> None:
+    """QEMU 10.0 asks for, and announces, its option ``queue-size``; its driver's ring has 1024 entries anyhow."""
+    device = Late()
+    vmm, fd, answer = with_region(device, 1)
+    made = LAYOUT.unpack(answer)
+    assert vmm.ack(F.SET_INFLIGHT_FD, LAYOUT.pack(made.mmap_size, 0, 1, 4), fd) == 0
+    vmm.start(0)  # of 8
+    vmm.add(0)
+    vmm.ports.turn()
+    assert device.link.tracked(0)
+    assert SplitInflight(memoryview(vmm.ports.files[fd])).recover(8, 0) == [0]
+    vmm.leave()
+
+
 def test_a_ring_that_its_region_has_no_room_for() -> None:
     vmm = Vmm(Echo())
     vmm.negotiate()
-    vmm.tell(F.SET_INFLIGHT_FD, LAYOUT.pack(region_size(4), 0, 1, 4), vmm.fd())
+    vmm.tell(F.SET_INFLIGHT_FD, LAYOUT.pack(region_size(7), 0, 1, 4), vmm.fd())
     vmm.tell(F.SET_FEATURES, U64.pack(vmm.features))
     vmm.set_memory()
     vmm.ring(0)
