@@ -467,12 +467,18 @@ class Session:
             signal=signal,
             spin_us=device.spin_us,
         )
-        paused = device.queues[index]
-        if effect.resumed and paused is not None:
+        paused = device.queues[index] if effect.resumed else None
+        if paused is not None:
             queue.adopt(paused)
         part = self._inflight.part(index, packed) if self._inflight is not None else None
         if part is not None:
-            queue.track(part)
+            try:
+                queue.track(part)
+            except ProtocolError:
+                if paused is not None:  # goes on being paused
+                    queue.stop()
+                    paused.adopt(queue)
+                raise
         self.tracked[index] = part is not None
         queue.log_to(self._ring_log(setup))
         device.queues[index] = queue

@@ -28,6 +28,7 @@ from pyvhost.vring.packed import (
     valid_size,
 )
 from pyvhost.vring.packed_inflight import PackedInflight
+from pyvhost.vring.parts import check_parts
 
 __all__ = ["PackedDeviceQueue"]
 
@@ -48,7 +49,7 @@ class PackedDeviceQueue:
 
     A chain of direct descriptors is no longer than the ring, ``max_descriptors`` bounds indirect tables.
 
-    :raises RingError: a size that is not 1 to 2^15, parts too small, a base outside of the ring
+    :raises RingError: a size that is not 1 to 2^15, parts too small or misaligned, a base outside of the ring
     """
 
     __slots__ = (
@@ -141,11 +142,12 @@ class PackedDeviceQueue:
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
 
-        :raises RingError: parts too small
+        :raises RingError: parts too small or misaligned
         """
         layout = PackedLayout(self.size)
-        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
-            raise RingError("a part of the ring is too small for its size")
+        check_parts(
+            ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 2)),
+        )
         self._memory = memory
         self._desc = desc[: layout.desc_bytes]
         self._flags = self._desc.cast("H")  # those of descriptor n are word 8 n + 7
