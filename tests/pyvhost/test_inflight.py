@@ -19,11 +19,11 @@ from pyvhost.inflight import (
     region_size,
 )
 from pyvhost.messages import INFLIGHT as LAYOUT
-from pyvhost.messages import U64, VRING_STATE
+from pyvhost.messages import U64, VRING_STATE, Feature
 from pyvhost.testing import ring_pair
 from pyvhost.vring.api import Fences
 from pyvhost.vring.choice import VARIABLE, queue_class
-from pyvhost.vring.packed import INITIAL_BASE, unpack_base
+from pyvhost.vring.packed import INITIAL_BASE, pack_base, unpack_base
 from pyvhost.vring.packed_device import PackedDeviceQueue
 from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.split_device import SplitDeviceQueue
@@ -381,8 +381,10 @@ def test_resume_says_what_is_in_flight_and_nothing_else() -> None:
 # --- by messages
 
 
-def with_region(device: Late, queues: int = 2) -> tuple[Vmm, int, bytes]:
+def with_region(device: Late, queues: int = 2, packed: bool = False) -> tuple[Vmm, int, bytes]:
     vmm = Vmm(device)
+    if packed:
+        vmm.features |= Feature.RING_PACKED
     vmm.negotiate()
     return vmm, *make_region(vmm, queues)
 
@@ -392,7 +394,7 @@ def make_region(vmm: Vmm, queues: int = 2, padding: bytes = bytes(4)) -> tuple[i
     assert len(answer) == LAYOUT.size + len(padding)
     body = LAYOUT.unpack(answer)
     # for the largest ring that there can be, whatever was asked for
-    assert (body.mmap_size, body.mmap_offset) == (queues * region_size(1024), 0)
+    assert (body.mmap_size, body.mmap_offset) == (queues * region_size(1024, packed=vmm.packed), 0)
     assert (body.num_queues, body.queue_size) == (queues, 1024)
     (made,) = vmm.reply_fds
     assert len(vmm.ports.made[made]) == body.mmap_size
@@ -401,9 +403,10 @@ def make_region(vmm: Vmm, queues: int = 2, padding: bytes = bytes(4)) -> tuple[i
     return fd, answer
 
 
-def test_another_backend_takes_over() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_backend_takes_over(packed: bool) -> None:
     old = Late()
-    vmm, fd, region = with_region(old)
+    vmm, fd, region = with_region(old, packed=packed)
     memory = vmm.ports.files[fd]
     assert vmm.ack(F.SET_INFLIGHT_FD, region, fd) == 0
     vmm.start(0, 1)
@@ -421,6 +424,7 @@ def test_another_backend_takes_over() -> None:
 
     new = Late()
     vmm2 = Vmm(new)
+    vmm2.features = vmm.features
     vmm2.negotiate()
     fd = vmm2.fd()
     vmm2.ports.files[fd] = memory
@@ -430,7 +434,7 @@ def test_another_backend_takes_over() -> None:
     fd = vmm2.fd()
     vmm2.ports.files[fd] = ram.obj
     vmm2.tell(F.SET_MEM_TABLE, vmm2.table(fd), fd)
-    vmm2.ring(0, base=1, fresh=False)
+    vmm2.ring(0, base=None if packed else 1, fresh=False)
     vmm2.enable(0)
     queue = new.queues[0]
     assert queue is not None
@@ -440,13 +444,14 @@ def test_another_backend_takes_over() -> None:
     assert [bytes(c.read()) for _, c in new.held] == [b"one", b"three"]
     new.finish()
     assert sorted(t for t, _ in drivers[0].poll()) == [b"one", b"three"]
-    assert vmm2.base(0) == 3
+    assert vmm2.base(0) == (pack_base(6, 1, 6, 1) if packed else 3)
     vmm2.leave()
 
 
-def test_a_pause_keeps_what_is_in_flight() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pause_keeps_what_is_in_flight(packed: bool) -> None:
     device = Late()
-    vmm, fd, region = with_region(device)
+    vmm, fd, region = with_region(device, packed=packed)
     memory = vmm.ports.files[fd]
     vmm.tell(F.SET_INFLIGHT_FD, region, fd)
     vmm.start(0, 1)
@@ -467,11 +472,12 @@ def test_a_pause_keeps_what_is_in_flight() -> None:
 
 
 @pytest.mark.parametrize("queue", QUEUES)
-def test_a_pause_that_cannot_end_goes_on(queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pause_that_cannot_end_goes_on(packed: bool, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The region that comes with its end is refused; what is in flight is not lost, and the next region will do."""
     monkeypatch.setenv(VARIABLE, queue)
     device = Late()
-    vmm, fd, region = with_region(device)
+    vmm, fd, region = with_region(device, packed=packed)
     memory = vmm.ports.files[fd]
     vmm.tell(F.SET_INFLIGHT_FD, region, fd)
     vmm.start(0)
@@ -479,9 +485,9 @@ def test_a_pause_that_cannot_end_goes_on(queue: str, monkeypatch: pytest.MonkeyP
     vmm.ports.turn()
     bases = vmm.stop(0)
     wrong, right = vmm.fd(), vmm.fd()
-    vmm.ports.files[wrong] = bytearray(region_size(4))
+    vmm.ports.files[wrong] = bytearray(region_size(4, packed=packed))
     vmm.ports.files[right] = memory
-    vmm.tell(F.SET_INFLIGHT_FD, LAYOUT.pack(region_size(4), 0, 1, 4), wrong)
+    vmm.tell(F.SET_INFLIGHT_FD, LAYOUT.pack(region_size(4, packed=packed), 0, 1, 4), wrong)
     vmm.tell(F.SET_FEATURES, U64.pack(vmm.features))
     vmm.ring(0, bases[0], fresh=False)
     assert vmm.ack(F.SET_VRING_ENABLE, VRING_STATE.pack(0, 1)) == 1
@@ -495,9 +501,10 @@ def test_a_pause_that_cannot_end_goes_on(queue: str, monkeypatch: pytest.MonkeyP
     vmm.leave()
 
 
-def test_a_reset_clears_the_region() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reset_clears_the_region(packed: bool) -> None:
     device = Late()
-    vmm, fd, region = with_region(device)
+    vmm, fd, region = with_region(device, packed=packed)
     vmm.tell(F.SET_INFLIGHT_FD, region, fd)
     vmm.start(0)
     vmm.add(0)
