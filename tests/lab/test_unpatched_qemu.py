@@ -24,7 +24,7 @@ pytestmark = pytest.mark.lab
 CAPACITY = 64 << 20
 BLOCK, BLOCKS = 4096, 512  # as in block_load.py
 THREADS = 8
-KILLS = {"compiled": 100, "pure": 100 if os.environ.get("VIRTIO_TEE_LONG") else 25}
+KILLS = 100 if os.environ.get("VIRTIO_TEE_LONG") else 50
 QUEUES = ("pure", "compiled")
 RING_OPTIONS = {"split": (), "packed": ("packed=on",)}
 RECONNECT_MS = 100
@@ -161,11 +161,11 @@ def test_a_killed_backend_loses_and_corrupts_nothing(folder: Path, ring: str, qu
     seen no error and no request that took too long.
 
     QEMU asks for an inflight region of ``queue-size`` entries; the guest's ring has 1024."""
-    store, kills = folder / "disk", KILLS[queue]
+    store = folder / "disk"
     options = RING_OPTIONS[ring]
     with booted(folder, *options, queue=queue, size=size, module="tests.lab.late_block") as (guest, block):
         load = start_load(guest)
-        for number in range(kills):
+        for number in range(KILLS):
             wait_for_writes(store, writes(store) + 50)
             time.sleep(number % 7 / 1000)
             block.kill()
@@ -174,8 +174,8 @@ def test_a_killed_backend_loses_and_corrupts_nothing(folder: Path, ring: str, qu
         outcome = end_load(guest, load)
         kernel_log = guest.run(["dmesg"]).stdout
     assert outcome["wrong"] == []
-    assert int(str(outcome["writes"])) > 50 * kills
+    assert int(str(outcome["writes"])) > 50 * KILLS
     assert "virtio_blk" in kernel_log
     assert not [line for line in kernel_log.splitlines() if "error" in line and "vda" in line]
     recovered = [int(line.split()[1]) for line in block.log.read_text().splitlines() if line.startswith("recovered")]
-    assert sum(count > 1 for count in recovered) > kills // 2, "the record was not needed: nothing was shown"
+    assert sum(count > 1 for count in recovered) > KILLS // 2, "the record was not needed: nothing was shown"
