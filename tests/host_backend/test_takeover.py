@@ -71,9 +71,10 @@ class StuckTee:
 class Guest:
     """A driver whose memory outlives backends."""
 
-    def __init__(self, *, tracked: bool) -> None:
+    def __init__(self, *, tracked: bool, packed: bool = False) -> None:
         self.tracked = tracked
-        self.region = bytearray(3 * region_size(8))
+        self.packed = packed
+        self.region = bytearray(3 * region_size(8, packed=packed))
         self.tags = 0
         self.attach()
         vmm = self.vmm
@@ -96,6 +97,8 @@ class Guest:
             new_epoch=lambda: next(EPOCHS),
         )
         self.vmm = Vmm(self.device)
+        if self.packed:
+            self.vmm.features |= Feature.RING_PACKED
         self.vmm.negotiate()
         self.vmm.tell(F.SET_FEATURES, U64.pack(self.vmm.features))
         self.vmm.tell(F.SET_BACKEND_REQ_FD, b"", self.vmm.fd())
@@ -159,7 +162,8 @@ class Guest:
         vmm.tell(F.SET_MEM_TABLE, vmm.table(fd), fd)
         for index in QUEUES:
             used = drivers[index].used_addr - GUEST
-            vmm.ring(index, int.from_bytes(ram[used + 2 : used + 4], "little"), fresh=False)
+            base = None if self.packed else int.from_bytes(ram[used + 2 : used + 4], "little")
+            vmm.ring(index, base, fresh=False)
         self.enable()
 
 
@@ -175,9 +179,9 @@ def complete_one(guest: Guest) -> None:
 
 
 @pytest.mark.requirement("DEV-EPO-2", "DEV-EPO-5", "DEV-VHU-8")
-@pytest.mark.parametrize("tracked", [True, False])
-def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
-    guest = Guest(tracked=tracked)
+@pytest.mark.parametrize(("tracked", "packed"), [(True, False), (False, False), (True, True)])
+def test_what_was_taken_is_answered_and_not_run(tracked: bool, packed: bool) -> None:
+    guest = Guest(tracked=tracked, packed=packed)
     assert guest.events() == []
     complete_one(guest)
     epoch = guest.device.epoch.number
@@ -205,9 +209,10 @@ def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
 
 
 @pytest.mark.requirement("DEV-EPO-5")
-def test_with_a_region_nothing_else_is_abandoned() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_a_region_nothing_else_is_abandoned(packed: bool) -> None:
     """Not even before anything was completed, where the ring's base says nothing; and what came after is new."""
-    guest = Guest(tracked=True)
+    guest = Guest(tracked=True, packed=packed)
     epoch = guest.device.epoch.number
     guest.request(epoch)
     assert len(guest.tee.calls) == 1
