@@ -99,10 +99,9 @@ def _measure(folder: Path, cpu: int, sizes: Sizes) -> Results:
             for comparison in compared:
                 for name, pair in comparison.measure(sizes.seconds).items():
                     costs[name].append(pair)
-            whole = hashing.whole_ms()
-            results.whole_ms.append(whole)
-            results.cancels_alone.append(hashing.cancels(sizes.cancels, whole, loaded=False))
-            results.cancels_loaded.append(hashing.cancels(sizes.cancels, whole, loaded=True))
+            results.whole_ms.append(hashing.whole_ms())
+            results.cancels_alone.append(hashing.cancels(sizes.cancels, loaded=False))
+            results.cancels_loaded.append(hashing.cancels(sizes.cancels, loaded=True))
     served = Served(folder, "connects", "--built-in-tas", cpu=cpu)
     try:
         results.holdings = connects(served.sockets[0], served, sizes.connects, _say)
