@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from virtio_tee.bench.scale_life import Cancelled
+from virtio_tee.bench.scale_life import IN_TIME_MS, Cancelled
 from virtio_tee.bench.served import Holdings
 
 
@@ -78,7 +78,7 @@ def _cancel(name: str, what: str, taken: Callable[[Results], list[list[Cancelled
         name,
         what,
         lambda results: median(worst(results)),
-        50.0,
+        IN_TIME_MS,
         lambda results: {
             "median_ms": round(median(c.took_ms for cancels in taken(results) for c in cancels), 2),
             "worst_ms": round(max(worst(results)), 2),
