@@ -222,7 +222,7 @@ class TeeDevice(Device):
         def take(chain: Chain) -> int | None:
             written = self._take(index, kind, chain)
             if written is None:
-                self.router.tee.run()
+                self.router.serve()
                 if self._completed >= _NOTIFY_EVERY:
                     self.flush()
             return written

@@ -513,7 +513,7 @@ class Epoch:
         """Write the response to a request that has ended, or keep it while the ring is stopped."""
         if pending.state is CallState.ABANDONED:
             self._forget(pending, CallEvent.DONE)
-            if isinstance(pending.call, OpenContext) and done.code == Result.SUCCESS:
+            if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
             return
         status = Status.ABANDONED if done.may_have_run else Status.OK
@@ -536,6 +536,8 @@ class Epoch:
         self._step(pending, event)
         del self.calls[pending.request.tag]
         self.running -= pending.request.type in CALLS
+        # The call refers to it, too: undone here, else the guest's memory would stay until a garbage collection.
+        pending.slot = pending.call = None
 
     def resume(self) -> None:
         """The rings run again after a pause: give out what was kept."""

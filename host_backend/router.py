@@ -49,6 +49,8 @@ class Router:
         self.touched = False
         """Set by whoever starts something on the TEE outside of :meth:`run`, so that the loop calls it."""
         self.trace: Recorder | None = None
+        self._busy = False
+        """The TEE has more to do than it did in this turn of the loop."""
         self._clock = clock
         self._dirty: dict[Flushed, None] = {}
         self._asking: dict[Epoch, None] = {}
@@ -59,9 +61,15 @@ class Router:
         """``guest`` has completed something that its driver must be told of."""
         self._dirty[guest] = None
 
+    def serve(self) -> None:
+        """Let the TEE begin what was just started; later, in :meth:`run`, where long work would hold up the caller."""
+        if not self._busy:
+            self._busy = self.tee.run() == 0
+
     def run(self) -> float | None:
         """Let the TEE work, give up late RPCs; the seconds until it is to be called again (see ``TeeDriver``)."""
         due = self.tee.run()
+        self._busy = due == 0
         for epoch in list(self._asking):
             deadline = epoch.rpcs.next_deadline()
             if deadline is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import stat
 import sys
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def serve(
     from host_backend.trace import Trace
 
     throttle_logs()
+    _allow_descriptors()
     passed = systemd.listen_fds()
     if not paths and not fds:
         fds = passed
@@ -186,6 +188,12 @@ def serve(
         systemd.notify("STOPPING=1")
         if recorder is not None:
             recorder.close()
+
+
+def _allow_descriptors() -> None:
+    """All that the system allows this process: each guest takes more than a dozen."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_fds(fds: tuple[int, ...]) -> None:

@@ -52,6 +52,9 @@ from tee.soft.ta import Environment, Parameters, TaParam, TrustedApplication, pr
 #: How many calls to begin and coroutines to step in one :meth:`SoftTee.run`.
 STEPS_PER_RUN = 64
 
+#: … and for how many seconds: whoever calls it has others to look after, and a cancel may be among what waits there.
+RUN_TIME = 0.002
+
 _OPEN, _CONTEXT_OPEN = SessionState.OPEN, ContextState.OPEN
 _WELL: Outcome = (Result.SUCCESS, Origin.TRUSTED_APP)
 
@@ -107,6 +110,7 @@ class SoftTee:
         self._loaded = 0  # how many of them came in packages
         self._memory = 0  # what they have declared
         self._sink: Sink | None = None
+        self._spare: Task | None = None  # of an invoke that has ended at once, for the next one
         self._scheduler = Scheduler(
             clock=clock,
             threads=threads,
@@ -172,16 +176,15 @@ class SoftTee:
             seen, pairs, leases = admit(params, context) if params else (Parameters(), [], [])
         except (TeeError, TypeError, AttributeError):
             return None
-        task = instance.spare
+        task = self._spare
         if task is None:
             task = Task(None, context)
-            task.instance = instance
             task.entered = True
             task.state = CallState.RUNNING
         else:
-            instance.spare = None
+            self._spare = None
             task.context = context
-        task.session = session
+        task.instance, task.session = instance, session
         task.params, task.pairs = seen, pairs
         scheduler.free -= 1
         instance.owner = task
@@ -201,15 +204,15 @@ class SoftTee:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
         scheduler.pass_thread_on()
-        if instance.queue or instance.visits or outcome is not _WELL:
+        if outcome is not _WELL:
             self._release(task, instance)
-        else:
+        else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many
             instance.owner = None
             instance.env.enter(None)
         if task.rare is None:
             task.masked = True
-            task.context = task.session = task.params = task.pairs = None
-            instance.spare = task
+            task.context = task.instance = task.session = task.params = task.pairs = None
+            self._spare = task
         return outcome
 
     def go_on(
@@ -255,6 +258,7 @@ class SoftTee:
             raise RuntimeError("attach a sink first")
         ready = scheduler.ready
         scheduler.expire()
+        end: float | None = None  # the clock is not asked where there is one step to make
         for _ in range(STEPS_PER_RUN):
             if inbox:
                 self._start(inbox.popleft())
@@ -265,6 +269,10 @@ class SoftTee:
             if not inbox and not ready:
                 left = scheduler.expire()
                 return 0.0 if ready else left
+            if end is None:
+                end = self._clock() + RUN_TIME
+            elif self._clock() >= end:
+                break
         return 0.0
 
     def fileno(self) -> int | None:
@@ -436,8 +444,9 @@ class SoftTee:
 
     def _context_closed(self, context: Context) -> None:
         self._contexts.discard(context)
-        assert context.closer is not None
-        self._finish(context.closer)
+        closer, context.closer = context.closer, None  # they refer to each other
+        assert closer is not None
+        self._finish(closer)
 
     # Memory.
 

@@ -448,6 +448,30 @@ class TestCancel:
         assert guest.cancel(context, call.tag).ret == 0
         assert call.ret == Result.CANCEL
 
+    def test_it_waits_for_no_burst_of_requests_behind_long_work(self) -> None:
+        class Slow(TrustedApplication):
+            uuid = UUID(int=900)
+
+            async def invoke(self, session: None, command: int, params: Parameters) -> None:
+                self.env.unmask_cancellation()
+                while command:
+                    bench.clock.now += 0.001
+                    await self.env.checkpoint()
+
+        bench = Bench(built_in={Slow.uuid: Slow})
+        guest, other = bench.guest(), bench.guest()
+        context, others = guest.open_context(), other.open_context()
+        session, idle = guest.open_session(context, Slow.uuid), other.open_session(others, Slow.uuid)
+        call = guest.invoke(context, session, 1, run=False)
+        burst = [other.invoke(others, idle, 0, run=False) for _ in range(50)]
+        before = bench.clock.now
+        guest.look()
+        other.look()
+        assert bench.clock.now - before < 0.01
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        assert all(sent.ret == 0 for sent in burst)
+
 
 class TestMemory:
     @requirement("DEV-MEM-1", "DEV-MEM-2")

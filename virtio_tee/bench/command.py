@@ -18,13 +18,14 @@ import click
 from virtio_tee.bench import peers
 from virtio_tee.bench.peers import Backend, BenchError, DirectTee
 from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, MODES, PEER, TEE, Case, Figures, Results, as_runs, cases
+from virtio_tee.lazy import LazyGroup
 
 DIRECT_SIZES = (4 * KIB, 16 * MIB)
 BUSY = 0.7
 """A load average that something else than the bench makes."""
 
 
-@click.command()
+@click.group(cls=LazyGroup, where={"scale": "virtio_tee.bench.scale:scale"}, invoke_without_command=True)
 @click.option("--check", is_flag=True, help="Exit with 1 if a figure misses its bound.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
@@ -36,13 +37,16 @@ BUSY = 0.7
     show_default=True,
     help="Which implementation of the queues; all: those that are there.",
 )
-def bench(check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -> None:
+@click.pass_context
+def bench(ctx: click.Context, check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -> None:
     """Measure latency and throughput of the backends beside a peer in C, qemu-storage-daemon's null block device.
 
     A driver in C (compiled first) on CPU 0 drives one backend after the other on CPU 1, over vhost-user sockets:
     sleeping or polling, with 1 or 32 requests at a time. Figures are medians over the rounds, ratios medians of each
     round's ratio. Installs what it needs as root (Debian), or says what to type. Nothing else should run meanwhile.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         peers.require_tools()
         peers.require_cpus()
