@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 _NOTIFY_EVERY = 4
 """Completions after which the driver is signalled while the device goes on working."""
 
-_BUDGET = 64
-"""Requests taken from one ring before others have their turn."""
+_BUDGET = 32
+"""Requests taken from one ring before others have their turn: the control queue, say, with a cancel."""
 
 
 class TeeDevice(Device):
