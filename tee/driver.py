@@ -72,7 +72,18 @@ class RpcWithdrawn:
     rpc: Rpc
 
 
-Event = Done | Rpc | RpcWithdrawn
+@dataclass(slots=True)
+class Notification:
+    """The TEE tells the machine that made ``call`` that something has happened; nobody answers. ``value`` has 32 bits.
+
+    ``call`` has not ended yet. None: the TEE does not say for whom it is.
+    """
+
+    value: int
+    call: Call | None = None
+
+
+Event = Done | Rpc | RpcWithdrawn | Notification
 Sink = Callable[[Event], None]
 
 

@@ -480,6 +480,7 @@ def test_a_new_table_under_running_rings(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.fault("broken-ring")
 def test_a_broken_ring_is_reported_once(vmm: Vmm) -> None:
     vmm.start(0)
     vmm.ram[130:132] = b"\xff\xff"  # available index
