@@ -44,7 +44,7 @@ class Lanes(Generic[T]):
         return self._lanes[RpcCommand(command)] if command in self._lanes else self._rest
 
     def close(self, timeout: float) -> None:
-        """Serve nothing more, and wait up to ``timeout`` seconds for what is being served."""
+        """Take nothing more, and wait up to ``timeout`` seconds for the end of what was put in."""
         lanes = (self._rest, *self._lanes.values())
         for lane in lanes:
             lane.end()
@@ -89,8 +89,6 @@ class _Lane(Generic[T]):
     def end(self) -> None:
         with self._lock:
             self._ended = True
-            while not self._work.empty():
-                self._work.get()
             for _ in self._threads:
                 self._work.put(None)
 

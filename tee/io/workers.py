@@ -17,21 +17,23 @@ THREADS = 2
 
 
 class WorkerThreads:
-    """Up to ``threads`` threads, started as they are needed. They end with the process: work cannot be interrupted."""
+    """Up to ``threads`` threads, started as they are needed. They do not keep the process from ending: work cannot be
+    interrupted.
+    """
 
     def __init__(self, threads: int = THREADS) -> None:
         self._most = threads
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Ended]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Ended] | None] = queue.SimpleQueue()
         self._over: deque[Callable[[], None]] = deque()
-        self._threads = 0
+        self._threads: list[threading.Thread] = []
 
     def submit(self, function: Callable[[], Any], ended: Ended) -> None:
         """See :class:`~tee.soft.workers.Workers`."""
         self._work.put((function, ended))
-        if self._threads < self._most:
-            self._threads += 1
-            threading.Thread(target=self._run, name="tee-worker", daemon=True).start()
+        if len(self._threads) < self._most:
+            self._threads.append(threading.Thread(target=self._run, name="tee-worker", daemon=True))
+            self._threads[-1].start()
 
     def collect(self) -> None:
         """See :class:`~tee.soft.workers.Workers`."""
@@ -44,11 +46,18 @@ class WorkerThreads:
         """See :class:`~tee.soft.workers.Workers`."""
         return self._fd
 
+    def close(self) -> None:
+        """End the threads: waits for the work that they have. Nothing is submitted or collected any more."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self._fd)
+
     def _run(self) -> None:
-        while True:
-            function, ended = self._work.get()
-            self._over.append(_outcome(function, ended))
-            del function, ended  # nothing of a TA's is kept while this waits
+        while (work := self._work.get()) is not None:
+            self._over.append(_outcome(*work))
+            del work  # nothing of a TA's is kept while this waits
             os.eventfd_write(self._fd, 1)
 
 

@@ -96,7 +96,10 @@ def test_all_else_is_served_in_order(caplog: pytest.LogCaptureFixture) -> None:
         assert work.begun[-1] == item
         work.let(item)
     work.wait_for(work.ended, 3)
+    for item in (4, 5):
+        work.put(LOAD, item)
     work.close()
+    assert work.ended == [1, -2, 3, 4, 5]  # what was put in before the end
     assert "it goes on" in caplog.text
 
 
