@@ -19,6 +19,7 @@ metrics                   what ``serve --metrics`` tells
 machine NAME              the state diagram of ``device.machines.MACHINES[NAME]``
 features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
 requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
+faults                    what docs/faults.toml says, and tests with ``@pytest.mark.fault("quota", …)``
 ========================  ==================================================================================
 """
 
@@ -27,7 +28,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,6 +47,7 @@ from tee.results import describe  # noqa: E402
 from tee.rpc import describe_command  # noqa: E402
 
 SPECIFICATION = "docs/specification.md"
+FAULTS = "docs/faults.toml"
 BLOCK = re.compile(r"<!-- generated: (?P<what>[^\n]+?) -->\n(?P<old>.*?)<!-- end generated -->", re.DOTALL)
 REQUIREMENT = re.compile(
     r"^- \*\*\[(?P<id>(?:DEV|DRV)-[A-Z]{2,4}-\d+)\]\*\* (?P<text>.+?)(?=^- |^\n|\Z)", re.DOTALL | re.MULTILINE
@@ -273,6 +276,17 @@ class Marked:
     arguments: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A row of the fault table: what happens, and what each side sees of it."""
+
+    id: str
+    event: str
+    guest: str
+    device: str
+    tee: str
+
+
 def marked_tests(root: Path) -> list[Marked]:
     """What markers the tests under ``root`` carry, by reading their source."""
     out: list[Marked] = []
@@ -365,6 +379,75 @@ def requirements(prefix: str) -> str:
     return counts + table(["requirement", "begins", "shown by"], rows)
 
 
+def fault_list(text: str) -> dict[str, list[Fault]]:
+    """The faults by group, from the text of docs/faults.toml. Raises DocsError."""
+    groups: dict[str, list[Fault]] = {}
+    for group in tomllib.loads(text)["group"]:
+        try:
+            groups[group["title"]] = [Fault(**row) for row in group["fault"]]
+        except (KeyError, TypeError) as e:
+            raise DocsError(f"{FAULTS}: a row that lacks a field, or has one too many: {e}") from None
+    return groups
+
+
+def faults(prefix: str) -> str:
+    """Every fault, with the tests that show it: each has one that always runs."""
+    groups = fault_list((ROOT / FAULTS).read_text(encoding="utf-8"))
+    rows = [row.id for fault_rows in groups.values() for row in fault_rows]
+    double = {ident for ident in rows if rows.count(ident) > 1}
+    shown: dict[str, list[str]] = {ident: [] for ident in rows}
+    marked = marked_tests(ROOT)
+    unknown = {ident for test in marked if test.marker == "fault" for ident in test.arguments} - set(rows)
+    if double or unknown:
+        raise DocsError(f"faults that {FAULTS} has twice: {sorted(double)}, or not at all: {sorted(unknown)}")
+    for test in marked:
+        if test.marker == "fault":
+            for ident in test.arguments:
+                shown[ident].append(test.node)
+    sometimes = {node for node in {n for nodes in shown.values() for n in nodes} if _runs_sometimes(node)}
+    unshown = sorted(ident for ident, nodes in shown.items() if not set(nodes) - sometimes)
+    if unshown:
+        raise DocsError(f"no test that always runs shows these faults: {', '.join(unshown)}")
+    out = []
+    for title, fault_rows in groups.items():
+        cells = [[r.event, r.guest, r.device, r.tee, _proof(shown[r.id], prefix)] for r in fault_rows]
+        out.append(f"### {title}\n\n" + table(["what happens", "guest", "device", "TEE", "shown by"], cells))
+    return "\n".join(out)
+
+
+def _runs_sometimes(node: str) -> bool:
+    """Whether the test is skipped, expected to fail, or run in the lab only; or not there at all."""
+    path, *names = node.split("::")
+    scope: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    scope = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    rare = _mentions_rare([child for child in scope.body if isinstance(child, ast.Assign)], "pytestmark")
+    for name in names:
+        scope = next(c for c in scope.body if isinstance(c, _NAMED_NODES) and c.name == name)
+        rare |= any(_mentions_rare([decorator]) for decorator in scope.decorator_list)
+    return rare or _mentions_rare([scope], only=("skip", "importorskip", "xfail"))
+
+
+_NAMED_NODES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_RARE = ("skip", "skipif", "xfail", "lab")
+
+
+def _mentions_rare(nodes: Sequence[ast.AST], needs: str = "", only: Sequence[str] = _RARE) -> bool:
+    for node in nodes:
+        inner = list(ast.walk(node))
+        if needs and not any(isinstance(n, ast.Name) and n.id == needs for n in inner):
+            continue
+        if any(isinstance(n, ast.Attribute) and n.attr in only and _of_pytest(n) for n in inner):
+            return True
+    return False
+
+
+def _of_pytest(node: ast.Attribute) -> bool:
+    value = node.value
+    while isinstance(value, ast.Attribute):
+        value = value.value
+    return isinstance(value, ast.Name) and value.id == "pytest"
+
+
 def _first_words(text: str, most: int = 16) -> str:
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     words = plain.split()
@@ -384,7 +467,7 @@ PLAIN: dict[str, Callable[[], str]] = {
     "rpc-commands": rpc_commands,
     "metrics": metrics,
 }
-FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements}
+FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements, "faults": faults}
 
 
 def block(what: str, prefix: str) -> str:

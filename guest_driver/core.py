@@ -54,7 +54,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, RpcWithdrawn, Sink, TeeInfo
+from tee.driver import Done, Notification, RpcWithdrawn, Sink, TeeInfo
 from tee.memory import Memory
 from tee.params import MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -62,7 +62,7 @@ from tee.rpc import Rpc, RpcCommand, RpcReply
 
 log = logging.getLogger(__name__)
 
-DRIVER_FEATURES = Feature.INLINE | Feature.RPC
+DRIVER_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
 """Feature bits that this driver knows how to use."""
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
@@ -128,7 +128,7 @@ class VirtioTeeDriver:
         self._request_queues = min(self.config.num_request_queues, len(transport.queues) - Queue.REQUEST)
         if self._request_queues < 1:
             raise FormatError(f"a device with {len(transport.queues)} queues is too small")
-        self._ready: deque[Done | Rpc | RpcWithdrawn] = deque()
+        self._ready: deque[Done | Rpc | RpcWithdrawn | Notification] = deque()
         self._controls: deque[_InFlight] = deque()
         """Requests that wait for room in the control queue."""
         self._others: deque[_InFlight] = deque()
@@ -714,12 +714,17 @@ class VirtioTeeDriver:
             del self._rpc_ids[rpc]
             self._ready.append(RpcWithdrawn(rpc))
 
+    def _notified(self, data: bytes) -> None:
+        if self._features & Feature.NOTIFICATION:
+            self._ready.append(Notification(EVENTS[Event.NOTIFICATION].codec.unpack(data).value))
+
     def _ignored(self, data: bytes) -> None:
         pass
 
     _EVENTS: ClassVar[dict[int, Callable[[Any, bytes], None]]] = {
         Event.RPC: _rpc,
         Event.RPC_WITHDRAWN: _rpc_withdrawn,
+        Event.NOTIFICATION: _notified,
         Event.EPOCH: _ignored,
     }
 

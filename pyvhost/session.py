@@ -117,6 +117,9 @@ class _Link:
     def wake(self, index: int) -> None:
         self._session.wake(index)
 
+    def enabled(self, index: int) -> bool:
+        return self._session.enabled(index)
+
     def tracked(self, index: int) -> bool:
         return self._session.tracked[index]
 
@@ -327,6 +330,9 @@ class Session:
         self.failed = True
         self._awake = [False] * len(self._awake)
         self.ports.hang_up(f"the device failed: {error!r}")
+
+    def enabled(self, index: int) -> bool:
+        return self._awake[index]
 
     def wake(self, index: int) -> None:
         if not self._waiting[index]:

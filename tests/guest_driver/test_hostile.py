@@ -27,7 +27,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, RpcWithdrawn, TeeInfo
+from tee.driver import Done, Notification, RpcWithdrawn, TeeInfo
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -92,7 +92,7 @@ class Device:
         self.arena = Arena(memoryview(self.data), [Range(BASE, len(self.data))])
         self.allocate, self.release = self.arena.allocate, self.arena.release
         self.changed = self.gone = self.closed = False
-        self.events: list[Done | Rpc | RpcWithdrawn] = []
+        self.events: list[Done | Rpc | RpcWithdrawn | Notification] = []
 
     def start(self) -> VirtioTeeDriver:
         self.driver = VirtioTeeDriver(self)
@@ -159,7 +159,7 @@ class Device:
     def withdraw(self, rpc: int) -> None:
         self.send_event(Event.RPC_WITHDRAWN, EVENTS[Event.RPC_WITHDRAWN].codec.pack(rpc=rpc))
 
-    def take(self) -> list[Done | Rpc | RpcWithdrawn]:
+    def take(self) -> list[Done | Rpc | RpcWithdrawn | Notification]:
         seen, self.events[:] = list(self.events), []
         return seen
 
@@ -382,6 +382,7 @@ class TestResponses:
         assert (param.size, any(room)) == (1 << 40, False)
 
     @requirement("DRV-QUE-4")
+    @pytest.mark.fault("hostile-device")
     def test_a_broken_ring(self, device: Device, session: object) -> None:
         call = Invoke(session=session, func=1)
         device.driver.start(call)
@@ -442,6 +443,20 @@ class TestEvents:
     @pytest.mark.parametrize("data", [b"", b"\1", EVENT_HEADER.pack(Event.RPC, 0, 0xE1), bytes(15)])
     def test_short_ones(self, device: Device, data: bytes) -> None:
         device.finish(data, Queue.EVENT)
+        device.run()
+        assert device.dead()
+
+    @pytest.mark.fault("hostile-device")
+    def test_notifications(self) -> None:
+        """Taken where the feature was negotiated; a short one ends the use of the device."""
+        device = Device()
+        device.features = int(Feature.INLINE | Feature.RPC | Feature.NOTIFICATION)
+        device.start()
+        device.send_event(Event.NOTIFICATION, word((1 << 32) - 1))
+        device.send_event(Event.NOTIFICATION, word(1), epoch=7)
+        device.run()
+        assert device.take() == [Notification((1 << 32) - 1)]
+        device.send_event(Event.NOTIFICATION, b"\1")
         device.run()
         assert device.dead()
 
@@ -674,6 +689,7 @@ class TestMistakesOfClients:
 class TestEpochs:
     @requirement("DRV-EPO-1", "DRV-INI-2")
     @pytest.mark.parametrize("how", ["event", "config", "stale"])
+    @pytest.mark.fault("backend-restart")
     def test_all_is_gone(self, device: Device, context: object, session: object, how: str) -> None:
         memory = device.register(context)
         call = Invoke(session=session, func=1)
@@ -744,6 +760,7 @@ class Gone:
 
 
 @pytest.mark.parametrize("seed", range(150))
+@pytest.mark.fault("hostile-device")
 def test_a_device_of_random_answers(seed: int) -> None:
     """Each call ends, nothing is raised, nothing outside the driver's own memory is written."""
     dice = random.Random(seed)

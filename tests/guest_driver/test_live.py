@@ -90,6 +90,7 @@ def test_without_features(tmp_path: Path) -> None:
         assert Feature(driver._transport.features & 0xFF) == Feature(0)
 
 
+@pytest.mark.fault("guest-dies")
 def test_a_guest_that_leaves_in_mid_call(tmp_path: Path) -> None:
     """``live`` sees to it that nothing of it stays."""
     with live(tmp_path) as device:
@@ -128,6 +129,7 @@ def test_it_leaks_no_descriptor(tmp_path: Path) -> None:
 
 @pytest.mark.feature("Guest driver: a backend that dies in mid-call ends all calls, nothing hangs")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.fault("backend-restart")
 def test_a_backend_that_dies_in_mid_call(tmp_path: Path, how: int) -> None:
     path = tmp_path / "s"
     (tmp_path / "key.pem").write_bytes(KEYS.public)

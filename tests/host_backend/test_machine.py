@@ -225,6 +225,7 @@ def finish(bench: Bench, guest: Guest, sent: list[Sent]) -> None:
         max_size=8,
     )
 )
+@pytest.mark.fault("random-bytes")
 def test_random_bytes(requests: list[tuple[int, bytes, int]]) -> None:
     bench, guest = stage()
     sent = [guest.offer(*request) for request in requests]
@@ -264,6 +265,7 @@ INTERESTING = [0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 
 
 @pytest.mark.requirement("DEV-REQ-3", "DEV-REQ-4", "DEV-REQ-5", "DEV-REQ-6")
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.fault("random-bytes")
 def test_mutated_requests(seed: int) -> None:
     dice = random.Random(seed)
     bench, guest = stage()

@@ -44,12 +44,13 @@ class TestConfig:
 
     @requirement("DEV-FEA-2")
     def test_it_offers_what_it_serves(self, guest: Guest) -> None:
-        assert guest.device.features == int(Feature.INLINE | Feature.RPC)
+        assert guest.device.features == int(Feature.INLINE | Feature.RPC | Feature.NOTIFICATION)
 
 
 class TestFraming:
     @requirement("DEV-QUE-7")
     @pytest.mark.parametrize("room", [0, 15])
+    @pytest.mark.fault("cut-request")
     def test_no_room_for_a_header(self, guest: Guest, room: int) -> None:
         for queue in (Queue.CONTROL, Queue.REQUEST):
             sent = guest.offer(queue, bytes(48), room)
@@ -58,6 +59,7 @@ class TestFraming:
             assert bytes(sent.writable) == b"\xee" * room
 
     @requirement("DEV-REQ-6")
+    @pytest.mark.fault("cut-request")
     def test_order_of_checks(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_request_bytes=300_000, max_inline_bytes=1000))
         context = guest.open_context()
@@ -147,6 +149,7 @@ class TestContexts:
         assert refused(guest.send(Request.OPEN_CONTEXT, flags=1), Status.MALFORMED)
 
     @requirement("DEV-CTX-2")
+    @pytest.mark.fault("stale-ids")
     def test_a_closed_one(self, guest: Guest) -> None:
         context = guest.open_context()
         guest.close_context(context, run=False)
@@ -189,6 +192,7 @@ class TestContexts:
         assert guest.leases == 0
 
     @requirement("DEV-IDS-2", "DEV-IDS-3")
+    @pytest.mark.fault("foreign-ids")
     def test_ids_of_others(self, bench: Bench) -> None:
         one, two = bench.guest(), bench.guest()
         contexts = [one.open_context(), one.open_context()]
@@ -262,6 +266,7 @@ class TestSessions:
         assert ring.returned.index(closed) > max(ring.returned.index(sent) for sent in calls)
         assert refused(guest.send(Request.CLOSE_SESSION, context=context, session=session), Status.NO_SESSION)
 
+    @pytest.mark.fault("dead-ta")
     def test_a_dead_ta(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -286,6 +291,7 @@ class TestInvoke:
         assert sent.params(3) == [(V_OUT, 2, 2, 0), (0, 1, 2, 3), (V_IN, 0, 0, 0)]
 
     @requirement("DEV-PAR-9")
+    @pytest.mark.fault("impossible-attributes")
     def test_meta(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -299,6 +305,7 @@ class TestInvoke:
         assert sent.params(4) == [given[0], (V_OUT, 0, 0, 0), *given[2:]]
 
     @requirement("DEV-PAR-1", "DEV-PAR-2")
+    @pytest.mark.fault("impossible-attributes")
     def test_impossible_parameters(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -309,6 +316,7 @@ class TestInvoke:
         assert refused(guest.invoke(context, session, 0, (IN, 1, 0, NULL_REGION)), Status.MALFORMED)
 
     @requirement("DEV-PAR-3", "DEV-PAR-4", "DEV-MEM-4")
+    @pytest.mark.fault("huge-sizes")
     def test_references(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -375,6 +383,7 @@ class TestInvoke:
         assert refused(guest.invoke(context, session, 0, (OUT | INLINE, 0, 8, 0)), Status.MALFORMED)
 
     @requirement("DEV-INV-2", "DEV-INV-3", "DEV-LIM-1")
+    @pytest.mark.fault("quota")
     def test_max_calls(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_calls=2))
         context = guest.open_context()
@@ -439,6 +448,7 @@ class TestCancel:
         guest.close_context(context)
 
     @requirement("DEV-CAN-1")
+    @pytest.mark.fault("cancel-storm")
     def test_it_overtakes_its_request(self, bench: Bench) -> None:
         guest = bench.guest(queues=2)
         context = guest.open_context()
@@ -475,6 +485,7 @@ class TestCancel:
 
 class TestMemory:
     @requirement("DEV-MEM-1", "DEV-MEM-2")
+    @pytest.mark.fault("huge-sizes")
     def test_bad_ranges(self, guest: Guest) -> None:
         context = guest.open_context()
         assert refused(guest.register(context), Status.MALFORMED)
@@ -516,6 +527,7 @@ class TestMemory:
         assert guest.unregister(context, two).ret == 0
 
     @requirement("DEV-MEM-8", "DEV-MEM-9")
+    @pytest.mark.fault("stale-ids")
     def test_unregister_while_in_use(self, guest: Guest) -> None:
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)
@@ -531,6 +543,7 @@ class TestMemory:
         assert refused(guest.unregister(context, region), Status.NO_REGION)
 
     @requirement("DEV-MEM-7")
+    @pytest.mark.fault("memory-removed")
     def test_memory_that_was_unplugged(self, guest: Guest) -> None:
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)

@@ -10,8 +10,9 @@ import pytest
 from device.config import Limits
 from device.params import RawParam
 from device.requests import STATUS_RESULT
-from device.wire import NULL_REGION, Feature, ParamType, RegionFlag, Request, Status
+from device.wire import NULL_REGION, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
+from host_backend.rpcs import MAX_PAUSE
 from tee import package
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
@@ -100,6 +101,7 @@ class TestAnswers:
         assert call.ret == Result.ITEM_NOT_FOUND
 
     @requirement("DEV-RPC-13")
+    @pytest.mark.fault("late-answer")
     def test_late_double_unknown(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -111,6 +113,7 @@ class TestAnswers:
         assert len(Asker.answers) == 1
 
     @requirement("DEV-RPC-13", "DEV-IDS-2")
+    @pytest.mark.fault("late-answer")
     def test_another_guests(self, bench: Bench, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -122,6 +125,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "answer", [[], QUESTION[:1], [*QUESTION, (0, 0, 0, 0)], QUESTION[::-1], [(V_OUT, 0, 0, 0), QUESTION[1]]]
     )
+    @pytest.mark.fault("wrong-answer")
     def test_malformed(self, guest: Guest, context: int, session: int, answer: list[RawParam]) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -151,6 +155,7 @@ class TestAnswers:
         assert call.ret == 0
 
     @requirement("DEV-RPC-7")
+    @pytest.mark.fault("no-supplicant")
     def test_without_the_feature(self, bench: Bench) -> None:
         guest = bench.guest(features=Feature.INLINE)
         context = guest.open_context()
@@ -205,6 +210,7 @@ class TestMemory:
             ([(INOUT, 0, 1000, 2)], Status.BAD_RANGE),
         ],
     )
+    @pytest.mark.fault("lying-supplicant", "wrong-answer")
     def test_bad_memory(self, guest: Guest, context: int, answer: list[RawParam], expected: Status) -> None:
         assert guest.region(context) == 1
         assert guest.region(context, flags=RegionFlag.READ_ONLY) == 2
@@ -215,6 +221,7 @@ class TestMemory:
         assert [guest.unregister(context, n).ret for n in (1, 2)] == [0, 0]
 
     @requirement("DEV-RPC-10", "DEV-IDS-2")
+    @pytest.mark.fault("foreign-ids")
     def test_foreign_memory(self, bench: Bench, guest: Guest, context: int) -> None:
         other = bench.guest()
         assert other.region(other.open_context()) == 1
@@ -313,6 +320,7 @@ class TestMemory:
         assert status(guest.reply(freed.rpc, 0, freed.params)) is Status.MALFORMED
         assert call.ret == Result.ITEM_NOT_FOUND
 
+    @pytest.mark.fault("wrong-answer")
     def test_a_size_that_changes(self, guest: Guest, context: int) -> None:
         call, region, rpc = self.loading(guest, context, context)
         question = guest.bench.tee  # the memory is 1000 bytes for it, whatever the region has
@@ -327,6 +335,7 @@ class TestMemory:
 
 class TestDeadlines:
     @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-16", "DEV-RPC-17")
+    @pytest.mark.fault("slow-supplicant")
     def test_sent_and_not_answered(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -344,6 +353,7 @@ class TestDeadlines:
         assert len(guest.device.epoch.rpcs) == 0
 
     @requirement("DEV-RPC-3", "DEV-RPC-4")
+    @pytest.mark.fault("event-buffers")
     def test_no_event_buffer(self, bench: Bench) -> None:
         guest = bench.guest(buffers=0)
         context = guest.open_context()
@@ -364,6 +374,64 @@ class TestDeadlines:
         assert guest.events() == []
         assert guest.withdrawn == [seen.rpc]
 
+    @requirement("DEV-RPC-3")
+    @pytest.mark.fault("pause-in-call")
+    @pytest.mark.parametrize("ring", [Queue.CONTROL, Queue.EVENT])
+    def test_it_does_not_run_during_a_pause(self, guest: Guest, context: int, session: int, ring: Queue) -> None:
+        call = guest.invoke(context, session, FS)
+        guest.event(FS)
+        guest.bench.pass_time(4)
+        guest.pause()
+        guest.bench.pass_time(100)
+        assert not call.done
+        guest.resume(*[index for index in range(3) if index != ring])
+        guest.bench.pass_time(100)  # one of the two still rests
+        assert not call.done
+        guest.resume(ring)
+        guest.bench.pass_time(5.9)
+        assert not call.done
+        guest.bench.pass_time(0.2)
+        assert call.ret == Result.COMMUNICATION
+
+    @requirement("DEV-RPC-3")
+    def test_what_is_left_of_it_after_a_pause(self, bench: Bench) -> None:
+        guest = bench.guest(buffers=0)
+        context = guest.open_context()
+        session = guest.open_session(context, Asker.uuid)
+        call = guest.invoke(context, session, FS)
+        bench.pass_time(3)
+        guest.pause()
+        bench.pass_time(50)
+        guest.resume()
+        guest.post(1)
+        bench.turn()
+        seen = guest.event(FS)
+        assert seen.deadline_ms == 7000
+        guest.reply(seen.rpc, 0, QUESTION)
+        assert call.ret == 0
+
+    @pytest.mark.fault("pause-in-call")
+    def test_no_pause_holds_a_thread_of_the_tee_for_ever(self, guest: Guest, context: int, session: int) -> None:
+        guest.invoke(context, session, FS)
+        guest.event(FS)
+        guest.pause()
+        guest.bench.pass_time(MAX_PAUSE + 9)
+        assert guest.bench.tee.usage()["threads_busy"] == 1
+        assert guest.bench.router.run() == 1  # the loop comes back by itself
+        guest.bench.pass_time(1.1)
+        assert guest.bench.tee.usage()["threads_busy"] == 0
+        guest.resume()
+
+    @requirement("DEV-CTX-5")
+    def test_closing_does_not_wait_for_a_pause(self, guest: Guest, context: int) -> None:
+        call = guest.open(context, NOBODY)
+        guest.event(RpcCommand.LOAD_TA)
+        guest.ring(Queue.EVENT).stop()
+        guest.device.queue_stopped(Queue.EVENT)
+        assert guest.close_context(context).ret == 0
+        assert call.ret == Result.CANCEL
+        guest.resume(Queue.EVENT)
+
     def test_what_is_never_sent_leaves_nothing(self, bench: Bench) -> None:
         """A withdrawal at the head of the queue, no buffers, and RPCs that come and go behind it."""
         guest = bench.guest(buffers=1)
@@ -380,6 +448,7 @@ class TestDeadlines:
         assert (len(rpcs), len(rpcs._outbox), len(rpcs._entries)) == (1, 1, 0)
 
     @requirement("DEV-RPC-2", "DEV-RPC-16", "DEV-EVT-4")
+    @pytest.mark.fault("quota")
     def test_max_rpcs(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_rpcs=2))
         context = guest.open_context()
@@ -401,6 +470,7 @@ class TestDeadlines:
         assert guest.withdrawn == [first[0].rpc]
 
     @requirement("DEV-EVT-1", "DEV-QUE-7")
+    @pytest.mark.fault("event-buffers")
     def test_buffers_that_are_no_good(self, bench: Bench) -> None:
         guest = bench.guest(buffers=0)
         guest.post(1, size=100)
@@ -459,6 +529,7 @@ class TestTaPackages:
         ],
         ids=["good", "unsigned", "truncated", "cut", "another-uuid", "another-key", "raises"],
     )
+    @pytest.mark.fault("lying-supplicant")
     def test_load(self, data: bytes, code: int | None) -> None:
         bench = Bench(built_in={}, keys=[KEYS.public])
         guest = bench.guest()
@@ -476,6 +547,7 @@ class TestTaPackages:
 
     @requirement("DEV-MEM-5")
     @pytest.mark.feature("RPC: with one TEE thread, a suspended call, a registration and the RPC's answer get through")
+    @pytest.mark.fault("one-thread")
     def test_one_thread(self) -> None:
         """A call holds the only thread and waits for an RPC, whose answer needs a registration."""
         bench = Bench(built_in=examples.built_in("probe"), keys=[KEYS.public], threads=1)

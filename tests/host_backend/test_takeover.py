@@ -180,6 +180,7 @@ def complete_one(guest: Guest) -> None:
 
 @pytest.mark.requirement("DEV-EPO-2", "DEV-EPO-5", "DEV-VHU-8")
 @pytest.mark.parametrize(("tracked", "packed"), [(True, False), (False, False), (True, True)])
+@pytest.mark.fault("backend-restart")
 def test_what_was_taken_is_answered_and_not_run(tracked: bool, packed: bool) -> None:
     guest = Guest(tracked=tracked, packed=packed)
     assert guest.events() == []

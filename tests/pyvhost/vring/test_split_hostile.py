@@ -136,6 +136,7 @@ WITH_A_HEAD: list[Callable[[RawRing], None]] = [
 @each_queue
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("evil", WITH_A_HEAD, ids=lambda f: f.__name__)
+@pytest.mark.fault("broken-ring")
 def test_a_bad_chain_is_returned_and_breaks_the_queue(
     queue: str, evil: Callable[[RawRing], None], event_idx: bool
 ) -> None:
@@ -314,6 +315,7 @@ def test_any_ring_gives_chains_or_breaks(
 
 @given(st.binary(min_size=300, max_size=300))
 @each_queue
+@pytest.mark.fault("broken-ring")
 def test_random_bytes_as_a_ring(queue: str, data: bytes) -> None:
     ring = raw(queue)
     ring.view[:] = data[: len(ring.view)]

@@ -173,11 +173,13 @@ class TestSupplicants:
         assert [one.time for one in seen] == sorted(one.time for one in seen)
         assert not any(tee.usage().values())
 
+    @pytest.mark.fault("no-supplicant")
     def test_none(self, keys: package.KeyPair) -> None:
         with TeeRuntime(soft(keys)) as runtime:
             context = runtime.call(OpenContext()).value
             assert runtime.call(OpenSession(context=context, uuid=HELLO)).code == Result.COMMUNICATION
 
+    @pytest.mark.fault("restarted-supplicant")
     def test_killed_and_started_again(self, folder: Path, keys: package.KeyPair) -> None:
         process = SupplicantProcess([folder])
         with TeeRuntime(soft(keys), process) as runtime:
@@ -222,6 +224,7 @@ class Slow(Supplicant):
 
 class TestSlowService:
     @pytest.mark.parametrize("command", [RpcCommand.LOAD_TA, RpcCommand.SHM_ALLOC])
+    @pytest.mark.fault("slow-supplicant")
     def test_holds_nobody_else_and_is_withdrawn(self, tmp_path: Path, keys: package.KeyPair, command: int) -> None:
         (tmp_path / f"{HELLO}.ta").write_bytes(package.sign(examples.source("hello_world"), HELLO, 1, keys.private))
         slow = Slow(command, tmp_path)

@@ -94,6 +94,7 @@ def child(behave: str, **options: Any) -> Iterator[SupplicantProcess]:
         process.close()
 
 
+@pytest.mark.fault("restarted-supplicant")
 def test_dies_in_an_rpc() -> None:
     with child("os.kill(os.getpid(), 9)") as process:
         pool = Pool()
@@ -137,6 +138,7 @@ def test_all_outstanding_rpcs_are_answered_when_it_dies() -> None:
         "s.sendall(p.Frame(f.id, 0, [p.WireParam(1), p.WireParam(6, 2, 1)]).pack()); time.sleep(100)",
     ],
 )
+@pytest.mark.fault("lying-supplicant")
 def test_nonsense_ends_it(answer: str) -> None:
     with child(answer) as process:
         target = MemRef(Direction.OUT, Memory.of(bytearray(4)), 0, 4)
@@ -155,6 +157,7 @@ def test_nonsense_ends_it(answer: str) -> None:
         "p.WireParam(1, 0, 10, 5)",
     ],
 )
+@pytest.mark.fault("lying-supplicant")
 def test_lies_in_shm_alloc(param: str) -> None:
     with child(f"s.sendall(p.Frame(f.id, 0, [{param}]).pack()); time.sleep(100)") as process:
         pool = Pool()
