@@ -39,6 +39,7 @@ from device.wire import (
     Request,
     ResponseFlag,
     Status,
+    only_usable,
 )
 from guest_driver.buffers import Buffer, Buffers
 from guest_driver.transport import Transport, TransportError
@@ -122,7 +123,7 @@ class VirtioTeeDriver:
         self._transport = transport
         self._buffers = Buffers(transport)
         self._sink: Sink | None = None
-        self._features = Feature(transport.features) & DRIVER_FEATURES
+        self._features = Feature(only_usable(transport.features)) & DRIVER_FEATURES
         self.config = Config.unpack(transport.read_config(CONFIG.size))
         # a VMM may have been told to make fewer queues than the device could serve
         self._request_queues = min(self.config.num_request_queues, len(transport.queues) - Queue.REQUEST)

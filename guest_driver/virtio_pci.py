@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.wire import DEVICE_ID
+from device.wire import DEVICE_ID, only_usable
 from guest_driver.arena import Arena
 from guest_driver.transport import TransportError
 from pyvhost.io.fence import host_fences
@@ -212,7 +212,7 @@ class PciTransport:
             offered |= self._common.read(_DEVICE_FEATURE, 4) << 32 * half
         if not offered & _F_VERSION_1:
             raise PciError(f"{self.path.name} is not a virtio 1 device")
-        features = offered & (wanted | _F_INDIRECT_DESC | _F_EVENT_IDX) | _F_VERSION_1
+        features = only_usable(offered & (wanted | _F_INDIRECT_DESC | _F_EVENT_IDX) | _F_VERSION_1)
         for half in (0, 1):
             self._common.write(_DRIVER_FEATURE_SELECT, 4, half)
             self._common.write(_DRIVER_FEATURE, 4, features >> 32 * half & 0xFFFF_FFFF)

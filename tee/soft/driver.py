@@ -62,7 +62,8 @@ class SoftTee:
     :param keys: public keys (PEM, or objects of ``cryptography``) of those who may sign TAs; none: no TA is loaded by
         RPC
     :param built_in: TAs that are there without being loaded
-    :param threads: how many calls can be inside TAs at once; others wait their turn
+    :param threads: how many calls can be inside TAs at once; others wait their turn, machine by machine. A machine
+        that has none inside gets a thread of its own, so that none can keep another one out
     :param max_ta_size: the largest TA package, in bytes
     :param limits: how much of everything there is
     :param longest_call: seconds that a call may take from the first time that it waits; then what it waits for is

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from device.config import Config, Limits
 from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
+from pyvhost.vring.api import Chain
 from tee.calls import Client, Login
 from tee.driver import GenCap, TeeInfo
 from tee.results import Origin, Result
 from tee.soft import examples
-from tee.soft.ta import UUID, Parameters, TrustedApplication
+from tee.soft.ta import UUID, Direction, Parameters, TrustedApplication
 from tests.host_backend.bench import ALL, INLINE, PROBE, RAM, RAM_SIZE, Bench, Guest, Sent
 
 requirement = pytest.mark.requirement
@@ -130,6 +133,54 @@ class TestFraming:
         assert (sent.status, sent.written) == (Status.OK, 24)
         assert sent.ret != 0
         assert sent.response.rest == bytes(8)
+
+    @requirement("DEV-QUE-6")
+    def test_a_request_that_changes_while_it_is_served(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The guest writes other numbers over it as soon as it was read; what was read counts, each byte once."""
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        seen: list[Chain] = []
+        read = Chain.read
+
+        def once(chain: Chain, *where: int) -> bytes:
+            assert chain not in seen
+            assert not where
+            seen.append(chain)
+            data = read(chain)
+            chain.readable[:] = [memoryview(b"\xff" * len(data))]
+            return data
+
+        monkeypatch.setattr(Chain, "read", once)
+        value, memory = (V_IN, 0xFF, 0, 0), (INOUT, 0, 4, region)
+        guest.memory.translate(RAM, 4)[0][:] = b"\0\1\2\3"
+        assert guest.invoke(context, session, 2, memory, value).params(2) == [memory, value]
+        assert bytes(guest.memory.translate(RAM, 4)[0]) == b"\xff\xfe\xfd\xfc"
+        inline = [(INOUT | INLINE, 0, 8, 0), (V_INOUT, 1000, 0, 0)]
+        late = guest.invoke(context, session, 8, *inline, inline=b"\7" * 8, inline_out=8)  # looks at it a second later
+        guest.bench.pass_time(2)
+        assert late.params(2) == [inline[0], (V_INOUT, 7, 7, 0)]
+        assert guest.register(context, (RAM, 4), (RAM + 8, 4)).ret == 0
+        assert guest.cancel(context, 4711).status == Status.NOT_FOUND
+        assert len(seen) == 4
+
+
+class Hoarder(TrustedApplication):
+    """Keeps the memory of a call, and writes to it in the next one if it can."""
+
+    uuid = UUID(int=78)
+    kept: list[Any] = []  # noqa: RUF012
+    tried = 0
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        for memory in Hoarder.kept:
+            Hoarder.tried += 1
+            try:
+                memory.write(b"late")
+            except Exception:  # the TEE sees to it, too
+                continue
+        memory = params.memory(0, Direction.INOUT)
+        Hoarder.kept.append(memory)
+        memory.write(b"in time")
 
 
 class TestContexts:
@@ -361,6 +412,22 @@ class TestInvoke:
         assert (sent.ret, sent.params(2)[0][2], sent.inline(2)) == (Result.SHORT_BUFFER, 21, bytes(24))
         assert guest.invoke(context, session, 0, (INOUT | INLINE, 0, 0, 0)).ret == 0
 
+    @requirement("DEV-INL-5")
+    def test_inline_after_the_end(self) -> None:
+        bench = Bench(built_in={Hoarder.uuid: Hoarder})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Hoarder.uuid)
+        Hoarder.kept, Hoarder.tried = [], 0
+        for _ in range(2):
+            sent = guest.invoke(context, session, 0, (INOUT | INLINE, 0, 8, 0), inline=b"12345678", inline_out=8)
+            assert sent.inline(1) == b"in time8"
+            sent.writable[:] = sent.data = b"\xaa" * sent.room  # it is the driver's again
+        assert Hoarder.tried == 1
+        guest.close_context(context)
+        for sent in guest.sent[2:4]:
+            assert bytes(sent.writable) == sent.data
+
     @requirement("DEV-INL-2", "DEV-REQ-5")
     def test_inline_limits(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_inline_bytes=64))
@@ -400,6 +467,61 @@ class TestInvoke:
         guest.cancel(context, 500)
         assert call.ret == Result.CANCEL
         assert guest.invoke(context, session, 0, tag=500).ret == 0
+
+
+class TestTurns:
+    """However much one guest asks, another one is served."""
+
+    @requirement("DEV-INV-4", "DEV-LIM-1")
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_calls_that_hold_all_threads(self, threads: int) -> None:
+        bench = Bench(threads=threads)
+        greedy, other, third = bench.guest(), bench.guest(), bench.guest()
+        context = greedy.open_context()
+        sessions = [greedy.open_session(context) for _ in range(threads + 5)]
+        calls = [greedy.wait(context, session) for session in sessions]
+        for guest in (other, third):
+            theirs = guest.open_context()
+            session = guest.open_session(theirs)
+            for _ in range(3):
+                assert guest.invoke(theirs, session, 0).ret == 0
+        assert not any(call.done for call in calls)
+        greedy.close_context(context)
+        assert [call.ret for call in calls] == [Result.CANCEL] * len(calls)
+
+    @requirement("DEV-INV-4")
+    @pytest.mark.parametrize("threads", [1, 4])
+    def test_calls_that_wait_for_a_thread(self, threads: int) -> None:
+        """By turns, and not in the order in which they came."""
+        bench = Bench(threads=threads)
+        calls = []
+        for guest, count in ((bench.guest(), 40), (bench.guest(), 4), (bench.guest(), 4)):
+            context = guest.open_context()
+            sessions = [guest.open_session(context) for _ in range(count)]
+            calls.append([guest.wait(context, session, 1000) for session in sessions])
+        for _ in range(4):
+            bench.pass_time(1.1)
+        assert all(call.done for few in calls[1:] for call in few)
+        assert sum(call.done for call in calls[0]) <= 4 * threads
+        for _ in range(40):
+            bench.pass_time(1.1)
+        assert [call.ret for call in calls[0]] == [0] * 40
+
+    @requirement("DEV-INV-4")
+    def test_a_ring_that_never_becomes_empty(self, bench: Bench) -> None:
+        greedy, other = bench.guest(), bench.guest()
+        context, theirs = greedy.open_context(), other.open_context()
+        sessions = greedy.open_session(context), other.open_session(theirs)
+        many = [greedy.invoke(context, sessions[0], 0, run=False) for _ in range(250)]
+        one = other.invoke(theirs, sessions[1], 0, run=False)
+        for _ in range(2):  # a turn of the loop for the greedy one, and one for the other
+            greedy.look()
+            other.look()
+            bench.router.run()
+        assert one.ret == 0
+        assert not many[-1].done
+        bench.turn()
+        assert many[-1].ret == 0
 
 
 class TestCancel:

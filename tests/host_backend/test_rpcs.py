@@ -10,9 +10,10 @@ import pytest
 from device.config import Limits
 from device.params import RawParam
 from device.requests import STATUS_RESULT
-from device.wire import NULL_REGION, Feature, ParamType, RegionFlag, Request, Status
+from device.wire import NULL_REGION, RPC_OCALL, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
 from tee import package
+from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import RpcCommand, RpcReply
@@ -159,10 +160,42 @@ class TestAnswers:
         assert guest.open(context, NOBODY).ret == Result.ITEM_NOT_FOUND
         assert guest.events() == []
 
-    @requirement("DEV-RPC-7")
+    @requirement("DEV-RPC-5")
+    @pytest.mark.parametrize("what", ["another guest's", "the TEE's own", "meta", "meta memory"])
+    def test_what_an_event_may_not_say(self, bench: Bench, guest: Guest, what: str) -> None:
+        other = bench.guest()
+        theirs = other.open_context()
+        region = other.device.epoch.region(other.region(theirs))
+        Asker.ask = {
+            "another guest's": [MemRef(Direction.IN, region.memory, 0, 8)],
+            "the TEE's own": [MemRef(Direction.IN, Memory.of(bytearray(8)), 0, 8)],
+            "meta": [Value(Direction.IN, 1, 2, 3, meta=True)],
+            "meta memory": [MemRef(Direction.OUT, None, 0, 0, meta=True)],
+        }[what]
+        context = guest.open_context()
+        assert guest.invoke(context, guest.open_session(context, Asker.uuid), FS).ret == Result.NOT_SUPPORTED
+        assert guest.events() == other.events() == []
+        assert region.users == 0
+
+    @requirement("DEV-RPC-1", "DEV-RPC-8")
+    @pytest.mark.parametrize("command", [RpcCommand.NOTIFICATION, FS])
+    def test_it_reaches_the_guest_whose_call_waits(self, bench: Bench, command: int) -> None:
+        guests = [bench.guest() for _ in range(3)]
+        calls = []
+        for guest in guests:
+            context = guest.open_context()
+            calls.append(guest.invoke(context, guest.open_session(context, Asker.uuid), command, run=False))
+        for guest, call in reversed(list(zip(guests, calls, strict=True))):
+            bench.turn()
+            assert guest.event(command).call == call.tag
+            assert not call.done
+        for guest in guests:
+            assert guest.events() == []
+
+    @requirement("DEV-RPC-7", "DEV-OCA-2")
     def test_never_sent(self, guest: Guest, context: int, session: int) -> None:
         refused = {c for c, route in ROUTES.items() if route is Route.REFUSED}
-        for command in (*refused, RpcCommand.BENCH_REG, 999):
+        for command in (*refused, RpcCommand.BENCH_REG, RPC_OCALL, 999):
             assert guest.invoke(context, session, command).ret == Result.NOT_SUPPORTED
         assert guest.events() == []
 
@@ -399,6 +432,30 @@ class TestDeadlines:
             guest.reply(seen.rpc, 0, QUESTION)
         assert guest.events() == []
         assert guest.withdrawn == [first[0].rpc]
+
+    @requirement("DEV-EVT-2", "DEV-RPC-2", "DEV-RPC-16")
+    def test_what_waits_without_a_buffer(self, bench: Bench) -> None:
+        """Never more than max_rpcs events, however many RPCs come and go."""
+        guest = bench.guest(limits=Limits(max_rpcs=2), buffers=0)
+        context = guest.open_context()
+        calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+        guest.post(50)
+        bench.turn()
+        first = guest.events(post=False)
+        assert [seen.call for seen in first] == [call.tag for call in calls[:2]]
+        queue = guest.ring(Queue.EVENT)
+        queue.available.clear()
+        for _ in range(10):
+            for call in calls:
+                guest.cancel(context, call.tag)
+            calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+            assert len(guest.device.epoch.rpcs._outbox) <= 2
+        guest.post(50)
+        bench.turn()
+        assert guest.events(post=False) == []
+        assert guest.withdrawn == [seen.rpc for seen in first]
+        assert [status(guest.ack(rpc)) for rpc in guest.withdrawn] == [Status.OK] * 2
+        assert [seen.call for seen in guest.events()] == [call.tag for call in calls[:2]]
 
     @requirement("DEV-EVT-1", "DEV-QUE-7")
     def test_buffers_that_are_no_good(self, bench: Bench) -> None:
