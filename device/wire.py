@@ -74,7 +74,7 @@ def only_usable(features: int) -> int:
     """``features`` (any feature bits) without those of this device that lack what they need."""
     for feature, needed in FEATURE_NEEDS.items():
         if not features & needed:
-            features &= ~feature
+            features &= ~int(feature)
     return features
 
 
