@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,12 +33,15 @@ from device.wire import (
     PARAM_INLINE,
     PARAM_META,
     PARAM_TYPE_MASK,
+    RPC_SERVERS,
     Event,
     Feature,
+    ParamType,
     Queue,
     RegionFlag,
     Request,
     ResponseFlag,
+    RpcServer,
     Status,
     only_usable,
 )
@@ -57,7 +61,7 @@ from tee.calls import (
 )
 from tee.driver import Done, RpcWithdrawn, Sink, TeeInfo
 from tee.memory import Memory
-from tee.params import MemRef, Nothing, Param, Value
+from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply
 
@@ -68,6 +72,17 @@ DRIVER_FEATURES = Feature.INLINE | Feature.RPC
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
 _STATUS_OK = bytes(4)
+_WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
+"""Result codes of answers to RPCs that have parameters; others may leave them out."""
+
+_REPLY_ATTRIBUTES: dict[int, list[int]] = {
+    RpcCommand.SHM_ALLOC: [ParamType.MEMREF_INOUT],
+    RpcCommand.SHM_FREE: [],
+}
+"""RPC command → its answer's attributes, where they are not those of the question."""
+
+_UNKNOWN_COMMAND = (RpcServer.SUPPLICANT, Result.NOT_SUPPORTED)
+
 _RESERVED = 16
 """Descriptors of a request queue that calls leave free, so that an RPC's answer can register memory."""
 
@@ -119,8 +134,10 @@ class VirtioTeeDriver:
     Raises FormatError if it is not a virtio-tee device that we know, TransportError if it has gone already.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, now: Callable[[], int] = time.time_ns) -> None:
+        """``now`` tells the guest's time to a TEE that asks for it: nanoseconds since 1970."""
         self._transport = transport
+        self._now = now
         self._buffers = Buffers(transport)
         self._sink: Sink | None = None
         self._features = Feature(only_usable(transport.features)) & DRIVER_FEATURES
@@ -148,6 +165,16 @@ class VirtioTeeDriver:
         self._lent: dict[Memory, Rpc] = {}
         """Memory that was the answer to a SHM_ALLOC and was not freed by a SHM_FREE."""
         self._regions: dict[int, Memory] = {}
+        self._given: set[_InFlight] = set()
+        """Requests that the device has."""
+        self._lost: set[_InFlight] = set()
+        """Those of them that were made before its state was lost."""
+        self._shared: dict[Memory, None] = {}
+        """Memory that the device may use: it is registered, or will be."""
+        self._kept: dict[Memory, None] = {}
+        """… of an epoch that is over, until all of ``_lost`` were returned."""
+        self._released: dict[Memory, None] = {}
+        """What was released while the device may use it: reserved until it does not."""
         self._next_tag = 1
         self._next_queue = 0
         self._dead = ""
@@ -176,8 +203,11 @@ class VirtioTeeDriver:
         return self._transport.allocate(size)
 
     def release(self, memory: Memory) -> None:
-        """See :class:`~tee.driver.TeeDriver`."""
-        self._transport.release(memory)
+        """See :class:`~tee.driver.TeeDriver`. What the device may still use stays reserved until it does not."""
+        if memory in self._shared or memory in self._kept:
+            self._released[memory] = None
+        else:
+            self._transport.release(memory)
 
     def start(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -215,7 +245,7 @@ class VirtioTeeDriver:
             return
         del self._rpcs[ident]
         try:
-            raw = [self._raw_answer(param) for param in reply.params]
+            raw = self._raw_reply(rpc, reply)
             pack_raw(raw)
             body = _body(Request.RPC_REPLY, rpc=ident, ret=reply.code, origin=reply.origin, num_params=len(raw))
         except (_RefusedError, ValueError, struct.error):
@@ -350,6 +380,7 @@ class VirtioTeeDriver:
             queue.add(buffer.segments(0, flight.readable), buffer.segments(flight.readable, flight.room), flight)
         except QueueFull:
             return False
+        self._given.add(flight)
         if queue.kick_needed():
             self._transport.kick(index)
         return True
@@ -414,6 +445,7 @@ class VirtioTeeDriver:
         tail = b"".join(r.address.to_bytes(8, "little") + r.length.to_bytes(8, "little") for r in ranges)
         assert len(tail) == len(ranges) * RANGE_SIZE
         self._request(Request.REGISTER_MEMORY, body, call, _context(call.context), tail=tail)
+        self._shared[call.memory] = None
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = call.memory.handle
@@ -470,6 +502,18 @@ class VirtioTeeDriver:
                 raw.append((attr | PARAM_INLINE, 0, param.size, 0))
         return raw, b"".join(data_in), size_out
 
+    def _raw_reply(self, rpc: Rpc, reply: RpcReply) -> list[RawParam]:
+        """The parameters of an answer, which are those of the question, but for SHM_ALLOC and SHM_FREE (DRV-RPC-6)."""
+        raw = [self._raw_answer(param) for param in reply.params]
+        wanted = _REPLY_ATTRIBUTES.get(rpc.command)
+        if wanted is None:
+            wanted = [attribute(param) for param in rpc.params]
+        if [attr for attr, *_ in raw] == wanted:
+            return raw
+        if reply.code in _WITH_PARAMS:
+            raise _RefusedError(Result.BAD_PARAMETERS)
+        return []
+
     def _raw_answer(self, param: Param) -> RawParam:
         if isinstance(param, Value):
             return (attribute(param), param.a, param.b, param.c)
@@ -503,6 +547,10 @@ class VirtioTeeDriver:
         data = flight.buffer.read(flight.readable, written)
         self._buffers.give(flight.buffer)
         self._running.discard(flight)
+        self._given.discard(flight)
+        if self._lost:
+            self._lost.discard(flight)
+            self._free_kept()
         call = flight.call
         if call is None:
             self._controlled(flight, data)
@@ -515,6 +563,8 @@ class VirtioTeeDriver:
         except ProtocolError:
             self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
             raise
+        if isinstance(call, RegisterMemory) and call.memory.handle is None:
+            self._unshare(call.memory)
         self._ready.append(done)
         if status == Status.STALE_EPOCH:
             self._check_epoch()
@@ -610,7 +660,8 @@ class VirtioTeeDriver:
 
     def _unregistered(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, UnregisterMemory)
-        self._forget(done.call.memory)
+        if done.code == Result.SUCCESS:  # otherwise its context closes, and it is used until that has closed
+            self._forget(done.call.memory)
 
     def _context_closed(self, flight: _InFlight, done: Done, data: bytes) -> None:
         for memory in list(self._regions.values()):
@@ -621,6 +672,22 @@ class VirtioTeeDriver:
         if isinstance(memory.handle, GuestRegion):
             self._regions.pop(memory.handle.ident, None)
             memory.handle = None
+        self._unshare(memory)
+
+    def _unshare(self, memory: Memory) -> None:
+        """The device does not use it any more."""
+        self._shared.pop(memory, None)
+        if memory in self._released and memory not in self._kept:
+            del self._released[memory]
+            self._transport.release(memory)
+
+    def _free_kept(self) -> None:
+        """Nothing of an earlier epoch is used any more, once all its requests were returned."""
+        if not self._lost:
+            kept, self._kept = self._kept, {}
+            for memory in kept:
+                if memory not in self._shared:
+                    self._unshare(memory)
 
     def _nothing(self, flight: _InFlight, done: Done, data: bytes) -> None:
         pass
@@ -688,7 +755,19 @@ class VirtioTeeDriver:
                     self._lent.pop(param.memory, None)
         self._rpcs[body.rpc] = rpc
         self._rpc_ids[rpc] = body.rpc
-        self._ready.append(rpc)
+        if RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[0] is RpcServer.DRIVER:
+            self.answer(rpc, self._own_answer(rpc))
+        else:
+            self._ready.append(rpc)
+
+    def _own_answer(self, rpc: Rpc) -> RpcReply:
+        """To an RPC that is for the driver: GET_TIME. There are no threads here that could wait for another one."""
+        if rpc.command != RpcCommand.GET_TIME:
+            return RpcReply(RPC_SERVERS[rpc.command][1])
+        (place, *others) = rpc.params or [Nothing()]
+        if others or not isinstance(place, Value) or place.direction is not Direction.OUT or place.meta:
+            return RpcReply(Result.BAD_PARAMETERS)
+        return RpcReply(Result.SUCCESS, [Value(Direction.OUT, *divmod(self._now(), 10**9))])
 
     def _rpc_param(self, raw: RawParam) -> Param:
         attr, a, b, c = raw
@@ -742,6 +821,9 @@ class VirtioTeeDriver:
 
     def _abandon(self) -> None:
         """Nobody will answer what is under way."""
+        self._lost |= self._given
+        self._kept.update(self._shared)
+        self._shared.clear()
         for flight in list(self._in_flight.values()):
             call = flight.call
             self._end(flight)
@@ -758,6 +840,7 @@ class VirtioTeeDriver:
         self._calls.clear()
         for memory in list(self._regions.values()):
             self._forget(memory)
+        self._free_kept()
 
     def _die(self, why: str) -> None:
         if not self._dead:
