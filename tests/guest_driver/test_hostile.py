@@ -767,7 +767,7 @@ class TestMistakesOfClients:
 
 
 class TestEpochs:
-    @requirement("DRV-EPO-1", "DRV-INI-2")
+    @requirement("DRV-EPO-1", "DRV-INI-2", "DRV-REQ-4")
     @pytest.mark.parametrize("how", ["event", "config", "stale"])
     def test_all_is_gone(self, device: Device, context: object, session: object, how: str) -> None:
         memory = device.register(context)
@@ -797,6 +797,20 @@ class TestEpochs:
         device.run()
         assert device.done().code == Result.TARGET_DEAD
         assert device.open_context() is not None
+
+    @requirement("DRV-REQ-5", "DRV-EPO-2")
+    def test_requests_of_the_old_epoch_stay_as_they_are(self, device: Device, session: object) -> None:
+        """The device has not returned them: it may read them yet."""
+        for number in range(4):
+            device.driver.start(Invoke(session=session, func=number))
+        device.config = replace(device.config, epoch=0xE2)
+        device.changed = True
+        device.run()
+        for _ in range(4):
+            device.driver.start(OpenContext())
+        device.run()
+        assert [device.request(at=n)[0].epoch for n in range(8)] == [0xE1] * 4 + [0xE2] * 4
+        device.check_untouched()
 
     @requirement("DRV-REQ-8")
     def test_what_may_have_run_is_not_repeated(self, device: Device, session: object) -> None:

@@ -11,7 +11,7 @@ from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
 from pyvhost.vring.api import Chain
-from tee.calls import Client, Login
+from tee.calls import Call, Client, Invoke, Login
 from tee.driver import GenCap, TeeInfo
 from tee.results import Origin, Result
 from tee.soft import examples
@@ -458,6 +458,26 @@ class TestInvoke:
         assert guest.invoke(context, sessions[1], 0, run=False)
         guest.close_context(context)
 
+    @requirement("DEV-LIM-2", "DEV-INV-3")
+    def test_at_all_limits(self, bench: Bench) -> None:
+        """What ends or releases something, and the control queue, is served."""
+        guest = bench.guest(limits=Limits(max_calls=1, max_contexts=1, max_sessions=1, max_regions=1, max_rpcs=1))
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        call = guest.wait(context, session)
+        assert refused(guest.invoke(context, session, 0), Status.LIMIT)
+        assert guest.cancel(context, 4711).status == Status.NOT_FOUND
+        assert guest.reply(4711).status == guest.ack(4711).status == Status.NOT_FOUND
+        assert guest.unregister(context, region).ret == 0
+        assert guest.send(Request.CLOSE_SESSION, context=context, session=session).ret == 0
+        assert call.ret == Result.CANCEL
+        call = guest.wait(context, guest.open_session(context))
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        call = guest.wait(context, session + 1)
+        assert guest.close_context(context).ret == 0
+        assert call.ret == Result.CANCEL
+
     def test_duplicate_tag(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -538,8 +558,11 @@ class TestCancel:
         assert call.ret == Result.CANCEL
         assert refused(guest.cancel(context, call.tag), Status.NOT_FOUND)
 
-    @requirement("DEV-CAN-5")
-    def test_twice_what_does_not_end(self, guest: Guest) -> None:
+    @requirement("DEV-CAN-3", "DEV-CAN-5")
+    def test_twice_what_does_not_end(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        cancelled: list[Call] = []
+        cancel = guest.bench.tee.cancel
+        monkeypatch.setattr(guest.bench.tee, "cancel", lambda call: (cancelled.append(call), cancel(call)))
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)
         call = guest.invoke(context, session, 8, (INOUT, 0, 8, region), (V_INOUT, 10**9, 0, 0))
@@ -547,7 +570,9 @@ class TestCancel:
         for _ in range(2):  # is no call: goes on as if nothing had been asked
             assert guest.cancel(context, waits.tag).ret == 0
             assert not waits.done
+        assert cancelled == []
         guest.cancel(context, call.tag)
+        assert [type(one) for one in cancelled] == [Invoke]
         assert (call.ret, waits.ret) == (Result.CANCEL, 0)
 
     @requirement("DEV-CAN-2")
@@ -560,6 +585,18 @@ class TestCancel:
         assert refused(guest.cancel(99, call.tag), Status.NO_CONTEXT)
         assert not call.done
         guest.close_context(context)
+
+    @requirement("DEV-CAN-3")
+    def test_what_has_not_begun_does_not_run(self, bench: Bench) -> None:
+        guest = bench.guest(queues=2)
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        params = [(INOUT, 0, 4096, region), (V_IN, 0xFF, 0, 0)]
+        call = guest.invoke(context, session, 2, *params, queue=3, run=False)
+        guest.link.woken.clear()
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        assert not any(guest.memory.translate(RAM, 4096)[0])
 
     @requirement("DEV-CAN-1")
     def test_it_overtakes_its_request(self, bench: Bench) -> None:

@@ -13,6 +13,7 @@ from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, RPC_OCALL, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
 from tee import package
+from tee.calls import Call
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
@@ -493,6 +494,46 @@ class TestClosing:
         assert call.ret == Result.CANCEL
         assert guest.events() == []
         assert len(guest.withdrawn) == 1
+
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_the_context_of_a_tee_that_waits(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A TEE may close a context only when its calls have ended: they get their answers at once nevertheless."""
+        start = bench.tee.start
+        kept: list[Call] = []
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS, run=False)
+        guest.close_context(context, run=False)
+        bench.turn()
+        monkeypatch.setattr(bench.tee, "start", start)
+        for one in kept[:1]:
+            start(one)
+        bench.turn()
+        assert call.ret == Result.COMMUNICATION
+        (closing,) = kept[1:]
+        start(closing)
+        bench.turn()
+        assert guest.sent[-1].ret == 0
+
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_what_was_asked_before(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS)
+        rpc = guest.event(FS).rpc
+        start, kept = bench.tee.start, list[Call]()
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        closed = guest.close_context(context)
+        assert (call.ret, closed.done) == (Result.COMMUNICATION, False)
+        guest.events()
+        assert guest.withdrawn == [rpc]
+        start(kept[0])
+        bench.turn()
+        assert closed.ret == 0
+        monkeypatch.setattr(bench.tee, "start", start)
 
 
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
