@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -74,6 +74,8 @@ _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
 _STATUS_OK = bytes(4)
 _WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
 """Result codes of answers to RPCs that have parameters; others may leave them out."""
+
+_OPENS = frozenset({Request.OPEN_CONTEXT, Request.OPEN_SESSION})
 
 _REPLY_ATTRIBUTES: dict[int, list[int]] = {
     RpcCommand.SHM_ALLOC: [ParamType.MEMREF_INOUT],
@@ -164,13 +166,18 @@ class VirtioTeeDriver:
         """Answers to RPCs and acknowledgements that the device has not returned."""
         self._lent: dict[Memory, Rpc] = {}
         """Memory that was the answer to a SHM_ALLOC and was not freed by a SHM_FREE."""
+        self._contexts: set[GuestContext] = set()
+        self._sessions: set[GuestSession] = set()
+        self._opening: Counter[Request] = Counter()
+        """Requests under way that may add to them."""
         self._regions: dict[int, Memory] = {}
         self._given: set[_InFlight] = set()
         """Requests that the device has."""
         self._lost: set[_InFlight] = set()
         """Those of them that were made before its state was lost."""
-        self._shared: dict[Memory, None] = {}
-        """Memory that the device may use: it is registered, or will be."""
+        self._shared: dict[Memory, int] = {}
+        """Memory that the device may use, as it is registered, or will be; with its bytes."""
+        self._shared_bytes = 0
         self._kept: dict[Memory, None] = {}
         """… of an epoch that is over, until all of ``_lost`` were returned."""
         self._released: dict[Memory, None] = {}
@@ -328,6 +335,8 @@ class VirtioTeeDriver:
         if call is not None:
             self._in_flight[tag] = flight
             self._by_call[call] = flight
+            if request in _OPENS:
+                self._opening[request] += 1
         if REQUESTS[request].queue is Queue.CONTROL:
             self._controls.append(flight)
         elif request in CALLS:
@@ -394,7 +403,12 @@ class VirtioTeeDriver:
         self._buffers.give(flight.buffer)
         self._ready.append(Done(call, Result.CANCEL, Origin.API))
 
+    def _check_room(self, request: Request, there: int, limit: int) -> None:
+        if there + self._opening[request] >= limit:
+            raise _RefusedError(Result.OUT_OF_MEMORY)
+
     def _open_context(self, call: OpenContext) -> None:
+        self._check_room(Request.OPEN_CONTEXT, len(self._contexts), self.config.limits.max_contexts)
         self._request(Request.OPEN_CONTEXT, _body(Request.OPEN_CONTEXT, flags=0), call, None)
 
     def _close_context(self, call: CloseContext) -> None:
@@ -404,6 +418,7 @@ class VirtioTeeDriver:
         self._request(Request.CLOSE_CONTEXT, b"", call, context)
 
     def _open_session(self, call: OpenSession) -> None:
+        self._check_room(Request.OPEN_SESSION, len(self._sessions), self.config.limits.max_sessions)
         raw, inline_in, inline_out = self._raw_params(call.params)
         body = _body(
             Request.OPEN_SESSION,
@@ -419,7 +434,8 @@ class VirtioTeeDriver:
         session = _session(call.session)
         for flight in [f for f in self._calls if f.session is session]:
             self._drop(flight)
-        self._request(Request.CLOSE_SESSION, _body(Request.CLOSE_SESSION, session=session.ident), call, session.context)
+        body = _body(Request.CLOSE_SESSION, session=session.ident)
+        self._request(Request.CLOSE_SESSION, body, call, session.context, session=session)
 
     def _invoke(self, call: Invoke) -> None:
         session = _session(call.session)
@@ -438,14 +454,21 @@ class VirtioTeeDriver:
 
     def _register(self, call: RegisterMemory) -> None:
         ranges = call.memory.ranges
-        if not ranges or len(ranges) > self.config.limits.max_region_ranges:
+        limits = self.config.limits
+        if (
+            not 0 < len(ranges) <= limits.max_region_ranges
+            or len(self._shared) >= limits.max_regions
+            or self._shared_bytes + call.memory.size > limits.max_region_bytes
+        ):
             raise _RefusedError(Result.OUT_OF_MEMORY)
         flags = RegionFlag.READ_ONLY if call.memory.read_only else 0
         body = _body(Request.REGISTER_MEMORY, flags=flags, num_ranges=len(ranges), size=call.memory.size)
         tail = b"".join(r.address.to_bytes(8, "little") + r.length.to_bytes(8, "little") for r in ranges)
         assert len(tail) == len(ranges) * RANGE_SIZE
         self._request(Request.REGISTER_MEMORY, body, call, _context(call.context), tail=tail)
-        self._shared[call.memory] = None
+        if call.memory not in self._shared:
+            self._shared[call.memory] = call.memory.size
+            self._shared_bytes += call.memory.size
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = call.memory.handle
@@ -565,6 +588,11 @@ class VirtioTeeDriver:
             raise
         if isinstance(call, RegisterMemory) and call.memory.handle is None:
             self._unshare(call.memory)
+        elif flight.request == Request.CLOSE_SESSION and flight.session is not None:
+            self._sessions.discard(flight.session)
+        elif flight.request == Request.CLOSE_CONTEXT and flight.context is not None:
+            self._contexts.discard(flight.context)
+            self._sessions = {session for session in self._sessions if session.context in self._contexts}
         self._ready.append(done)
         if status == Status.STALE_EPOCH:
             self._check_epoch()
@@ -599,6 +627,8 @@ class VirtioTeeDriver:
         self._in_flight.pop(flight.tag, None)
         if flight.call is not None:
             self._by_call.pop(flight.call, None)
+            if flight.request in _OPENS:
+                self._opening[flight.request] -= 1
             flight.call = None
 
     def _response_body(self, flight: _InFlight, data: bytes) -> Any:
@@ -616,7 +646,8 @@ class VirtioTeeDriver:
     def _context_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         ident = self._opened(flight, done, data, "context")
         if ident:
-            done.value = GuestContext(ident, self.config.epoch)
+            done.value = context = GuestContext(ident, self.config.epoch)
+            self._contexts.add(context)
 
     def _session_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, OpenSession)
@@ -624,7 +655,8 @@ class VirtioTeeDriver:
         self._take_params(flight, done, data, done.call.params, self._response_body(flight, data).num_params)
         if ident:
             assert flight.context is not None
-            done.value = GuestSession(flight.context, ident)
+            done.value = session = GuestSession(flight.context, ident)
+            self._sessions.add(session)
 
     def _invoked(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, Invoke)
@@ -676,7 +708,7 @@ class VirtioTeeDriver:
 
     def _unshare(self, memory: Memory) -> None:
         """The device does not use it any more."""
-        self._shared.pop(memory, None)
+        self._shared_bytes -= self._shared.pop(memory, 0)
         if memory in self._released and memory not in self._kept:
             del self._released[memory]
             self._transport.release(memory)
@@ -822,8 +854,9 @@ class VirtioTeeDriver:
     def _abandon(self) -> None:
         """Nobody will answer what is under way."""
         self._lost |= self._given
-        self._kept.update(self._shared)
+        self._kept.update(dict.fromkeys(self._shared))
         self._shared.clear()
+        self._shared_bytes = 0
         for flight in list(self._in_flight.values()):
             call = flight.call
             self._end(flight)
@@ -831,6 +864,8 @@ class VirtioTeeDriver:
                 self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
         for rpc in (*self._rpcs.values(), *dict.fromkeys(self._lent.values())):
             self._ready.append(RpcWithdrawn(rpc))
+        self._contexts.clear()
+        self._sessions.clear()
         self._rpcs.clear()
         self._rpc_ids.clear()
         self._lent.clear()

@@ -323,7 +323,37 @@ class TestResponses:
         assert device.done().code == Result.COMMUNICATION
         assert device.dead()
 
-    @requirement("DRV-REQ-7")
+    @requirement("DRV-REQ-6")
+    @pytest.mark.parametrize("status", [*list(Status)[1:], 99])
+    def test_nothing_but_the_header_of_a_refusal_counts(self, device: Device, session: object, status: int) -> None:
+        room = bytearray(8)
+        params: list[Param] = [MemRef(OUT, Memory.of(room), 0, 8), Value(OUT)]
+        before = [repr(p) for p in params]
+        device.driver.start(Invoke(session=session, func=1, params=params))
+        raw = unpack_raw(device.request()[1], 48, 2)
+        rest = word(2) + pack_raw([raw[0], (raw[1][0], 1, 2, 3)]) + b"anything"
+        device.finish(RESPONSE_HEADER.pack(status, 0, Result.BUSY, 2) + rest)
+        device.driver.start(OpenContext())
+        device.finish(RESPONSE_HEADER.pack(status, 0, Result.BUSY, 2) + word(77))
+        device.run()
+        for done in device.take():
+            assert isinstance(done, Done)
+            assert (done.code, done.value) == (Result.BUSY, None)
+        assert [repr(p) for p in params] == before
+        assert not any(room)
+
+    @requirement("DRV-REQ-6")
+    def test_nothing_beyond_the_used_length_counts(self, device: Device, session: object) -> None:
+        room = bytearray(8)
+        device.driver.start(Invoke(session=session, func=1, params=[MemRef(OUT, Memory.of(room), 0, 8)]))
+        raw = unpack_raw(device.request()[1], 48, 1)
+        device.finish(RESPONSE_HEADER.pack(0, 0, 0, 3) + word(1) + pack_raw(raw) + b"anything", written=16 + 8 + 32)
+        device.run()
+        assert device.done().code == Result.COMMUNICATION
+        assert not any(room)
+        assert device.dead()
+
+    @requirement("DRV-REQ-6", "DRV-REQ-7")
     @pytest.mark.parametrize("status", [*list(Status)[1:], 99, 0xFFFFFFFF])
     def test_refusals(self, device: Device, status: int) -> None:
         device.driver.start(OpenContext())
@@ -558,7 +588,7 @@ class TestRpcs:
             device.ok(index=Queue.CONTROL)
             device.run()
 
-    @requirement("DRV-RPC-6")
+    @requirement("DRV-RPC-3", "DRV-RPC-6")
     @pytest.mark.parametrize(
         ("command", "params", "code", "sent"),
         [
@@ -577,6 +607,8 @@ class TestRpcs:
             (RpcCommand.SHM_ALLOC, [], 0, (Result.BAD_PARAMETERS, [])),
             (RpcCommand.SHM_ALLOC, [Value(IN), Value(OUT)], 0, (Result.BAD_PARAMETERS, [])),
             (RpcCommand.SHM_ALLOC, [MemRef(INOUT, None), MemRef(INOUT, None)], 0, (Result.BAD_PARAMETERS, [])),
+            # not registered
+            (RpcCommand.SHM_ALLOC, [MemRef(INOUT, Memory.of(bytearray(9)))], 0, (Result.BAD_PARAMETERS, [])),
         ],
     )
     def test_answers_have_the_questions_form(
@@ -672,6 +704,82 @@ class TestFlowControl:
             device.run()
             assert len(device.queues[Queue.REQUEST].given) == left
         assert [e.call for e in device.take() if isinstance(e, Done)] == calls
+
+    @requirement("DRV-CFG-2")
+    def test_what_is_open_and_registered(self) -> None:
+        """Nothing is sent that would exceed a limit, also by what is under way."""
+        device = Device(replace(LIMITS, max_contexts=2, max_sessions=2, max_regions=2, max_region_bytes=10_000))
+        device.start()
+        ring = device.queues[Queue.REQUEST]
+
+        def full(call: Call) -> bool:
+            before = len(ring.given)
+            device.driver.start(call)
+            device.run()
+            done = device.done()
+            assert (done.call, done.code) == (call, Result.OUT_OF_MEMORY)
+            return len(ring.given) == before
+
+        context = device.open_context()
+        device.driver.start(OpenContext())
+        assert full(OpenContext())
+        device.ok(word(6))
+        device.run()
+        other = device.done().value
+        assert full(OpenContext())
+        session = device.open_session(context)
+        device.driver.start(OpenSession(context=context, uuid=UUID(int=1)))
+        assert full(OpenSession(context=other, uuid=UUID(int=1)))
+        device.ok(bytes(8), ret=Result.BUSY)
+        device.driver.start(CloseSession(session=session))
+        device.ok()
+        device.run()
+        device.take()
+        for _ in range(2):
+            device.open_session(other)
+        assert full(OpenSession(context=context, uuid=UUID(int=1)))
+        memory = device.register(context)
+        large = device.driver.allocate(8192)
+        assert full(RegisterMemory(context=context, memory=large))
+        device.register(other, 10)
+        assert full(RegisterMemory(context=context, memory=device.driver.allocate(1)))
+        device.driver.start(UnregisterMemory(context=context, memory=memory))
+        device.ok()
+        device.driver.start(CloseContext(context=other))
+        device.ok()
+        device.run()
+        assert [done.code for done in device.take() if isinstance(done, Done)] == [0, 0]
+        device.driver.start(RegisterMemory(context=context, memory=large))
+        device.ok(word(11))
+        device.run()
+        assert device.done().code == 0
+        assert device.open_session(device.open_context())
+
+    @requirement("DRV-CFG-2")
+    def test_what_one_request_may_hold(self) -> None:
+        device = Device(replace(LIMITS, max_params=4, max_inline_bytes=64, max_region_ranges=2))
+        device.start()
+        context = device.open_context()
+        session = device.open_session(context)
+        pieces = Memory((memoryview(bytearray(3)),), ranges=[Range(BASE + n, 1) for n in range(3)])
+        for call, code in (
+            (Invoke(session=session, func=1, params=[Value(IN)] * 5), Result.BAD_PARAMETERS),
+            (Invoke(session=session, func=1, params=[MemRef(IN, Memory.of(bytearray(65)), 0, 65)]), None),
+            (Invoke(session=session, func=1, params=[MemRef(OUT, Memory.of(bytearray(33)), 0, 33)] * 2), None),
+            (RegisterMemory(context=context, memory=pieces), None),
+        ):
+            device.driver.start(call)
+            device.run()
+            assert device.done().code == (code or Result.OUT_OF_MEMORY)
+            assert not device.queues[Queue.REQUEST].given
+
+    @requirement("DRV-CFG-2")
+    def test_limit_is_no_surprise(self, device: Device) -> None:
+        device.driver.start(OpenContext())
+        device.finish(RESPONSE_HEADER.pack(Status.LIMIT, 0, Result.OUT_OF_MEMORY, 2))
+        device.run()
+        assert device.done().code == Result.OUT_OF_MEMORY
+        assert device.open_context()
 
     def test_calls_that_wait(self) -> None:
         device = Device(replace(LIMITS, max_calls=1))
