@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
 from pyvhost.vring.api import Chain
-from tee.calls import Call, Client, Invoke, Login
-from tee.driver import GenCap, TeeInfo
+from tee.calls import Call, Client, CloseContext, Invoke, Login, UnregisterMemory
+from tee.driver import Done, GenCap, TeeInfo
+from tee.params import Nothing, Value
 from tee.results import Origin, Result
+from tee.rpc import RpcCommand
 from tee.soft import examples
 from tee.soft.ta import UUID, Direction, Parameters, TrustedApplication
 from tests.host_backend.bench import ALL, INLINE, PROBE, RAM, RAM_SIZE, Bench, Guest, Sent
@@ -183,6 +186,121 @@ class Hoarder(TrustedApplication):
         memory.write(b"in time")
 
 
+class Deaf(TrustedApplication):
+    """Takes a second, whatever anybody asks."""
+
+    uuid = UUID(int=79)
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        await self.env.sleep(1)
+
+
+class Reader(TrustedApplication):
+    """Keeps what it was given."""
+
+    uuid = UUID(int=80)
+    seen: list[Any] = []  # noqa: RUF012
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        for param in params:
+            Reader.seen.append(param.read() if hasattr(param, "read") else param)
+
+
+class Careless:
+    """Between device and TEE: says at once that a registration or context has ended, whoever uses it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.start, self.ended = bench, bench.tee.start, list[Call]()
+        bench.tee.start = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, call: Call) -> None:
+        if not isinstance(call, CloseContext | UnregisterMemory):
+            self.start(call)
+            return
+        self.ended.append(replace(call, owner=None))
+        self.bench.router._on_event(Done(call))
+
+    def clean_up(self) -> None:
+        """Let the TEE really end it all."""
+        self.bench.tee.start = self.start  # type: ignore[method-assign]
+        for call in self.ended:
+            self.start(call)
+        self.bench.turn()
+
+
+def borrow(guest: Guest) -> tuple[int, int, int]:
+    """An RPC of another context's call uses memory of this one: context, region, RPC."""
+    context = guest.open_context()
+    guest.open(guest.open_context(), UUID(int=0xBAD))
+    seen = guest.event(RpcCommand.LOAD_TA)
+    guest.reply(seen.rpc, 0, [seen.params[0], (OUT, 0, 100, NULL_REGION)])
+    region = guest.region(context)
+    guest.reply(guest.event(RpcCommand.SHM_ALLOC).rpc, 0, [(INOUT, 0, 100, region)])
+    return context, region, guest.event(RpcCommand.LOAD_TA).rpc
+
+
+class TestCarelessTee:
+    """What the device sees to even if the TEE does not."""
+
+    @requirement("DEV-CTX-4", "DEV-MEM-10")
+    def test_a_context_with_memory_in_use(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context, _, rpc = borrow(guest)
+        closed = guest.close_context(context)
+        assert not closed.done
+        guest.reply(rpc, Result.ITEM_NOT_FOUND)
+        assert closed.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-MEM-9", "DEV-MEM-10")
+    def test_memory_that_answered_shm_alloc(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context, region, rpc = borrow(guest)
+        waits = guest.unregister(context, region)
+        assert not waits.done
+        guest.reply(rpc, Result.ITEM_NOT_FOUND)
+        assert waits.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-MEM-9")
+    def test_memory_of_a_call(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        guest.invoke(context, session, 8, (INOUT, 0, 8, region), (V_INOUT, 1000, 0, 0))
+        waits = guest.unregister(context, region)
+        assert not waits.done
+        bench.pass_time(2)
+        assert waits.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-CTX-2")
+    def test_requests_of_a_context_that_closes(
+        self, bench: Bench, guest: Guest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The TEE takes its time."""
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        start, kept = bench.tee.start, list[Call]()
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        closed = guest.close_context(context)
+        for sent in (
+            guest.open(context),
+            guest.invoke(context, session, 0),
+            guest.register(context, (RAM, 8)),
+            guest.unregister(context, region),
+            guest.send(Request.CLOSE_SESSION, context=context, session=session),
+            guest.cancel(context, closed.tag),
+            guest.close_context(context),
+        ):
+            assert refused(sent, Status.NO_CONTEXT)
+        monkeypatch.setattr(bench.tee, "start", start)
+        start(kept.pop())
+        bench.turn()
+        assert closed.ret == 0
+        assert not kept
+
+
 class TestContexts:
     @requirement("DEV-IDS-1", "DEV-CTX-1", "DEV-LIM-1", "DEV-REQ-7")
     def test_limit(self, bench: Bench) -> None:
@@ -314,6 +432,20 @@ class TestSessions:
         assert ring.returned.index(closed) > max(ring.returned.index(sent) for sent in calls)
         assert refused(guest.send(Request.CLOSE_SESSION, context=context, session=session), Status.NO_SESSION)
 
+    @requirement("DEV-SES-6", "DEV-SES-5")
+    def test_while_it_closes(self) -> None:
+        bench = Bench(built_in={Deaf.uuid: Deaf})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Deaf.uuid)
+        call = guest.invoke(context, session, 0)
+        closed = guest.send(Request.CLOSE_SESSION, context=context, session=session)
+        assert not closed.done
+        assert refused(guest.invoke(context, session, 0), Status.NO_SESSION)
+        assert refused(guest.send(Request.CLOSE_SESSION, context=context, session=session), Status.NO_SESSION)
+        bench.pass_time(2)
+        assert (call.ret, closed.ret) == (0, 0)
+
     def test_a_dead_ta(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -336,6 +468,24 @@ class TestInvoke:
         assert (sent.ret, sent.response.origin) == (0x1000_BEEF, Origin.TRUSTED_APP)
         sent = guest.invoke(context, session, 7, (V_OUT, 9, 9, 9), (0, 1, 2, 3), (V_IN, 0, 0, 0))
         assert sent.params(3) == [(V_OUT, 2, 2, 0), (0, 1, 2, 3), (V_IN, 0, 0, 0)]
+
+    @requirement("DEV-PAR-5", "DEV-PAR-6")
+    def test_what_the_tee_is_given(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[Call] = []
+        start = guest.bench.tee.start
+        monkeypatch.setattr(guest.bench.tee, "start", lambda call: (given.append(call), start(call)))
+        context = guest.open_context()
+        session = guest.open_session(context)
+        params = [(V_IN, WORD, 5, 6), (0, 1, 2, 3), (V_OUT, 7, 8, 9), (V_INOUT, 1, WORD, 4), (0, 0, 0, 0)]
+        assert guest.invoke(context, session, 0, *params).ret == 0
+        assert isinstance(given[-1], Invoke)
+        assert given[-1].params == [
+            Value(Direction.IN, WORD, 5, 6),
+            Nothing(),
+            Value(Direction.OUT, 0, 0, 0),
+            Value(Direction.INOUT, 1, WORD, 4),
+            Nothing(),
+        ]
 
     @requirement("DEV-PAR-9")
     def test_meta(self, guest: Guest) -> None:
@@ -412,6 +562,20 @@ class TestInvoke:
         sent = guest.invoke(context, session, 5, (OUT | INLINE, 0, 20, 0), (V_IN, 21, 0, 0), inline_out=24)
         assert (sent.ret, sent.params(2)[0][2], sent.inline(2)) == (Result.SHORT_BUFFER, 21, bytes(24))
         assert guest.invoke(context, session, 0, (INOUT | INLINE, 0, 0, 0)).ret == 0
+
+    @requirement("DEV-INL-3", "DEV-INL-4")
+    def test_inline_in_its_order(self) -> None:
+        bench = Bench(built_in={Reader.uuid: Reader})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Reader.uuid)
+        Reader.seen = []
+        params = [(kind | INLINE, 0, size, 0) for kind, size in ((IN, 5), (OUT, 3), (INOUT, 9), (IN, 0), (IN, 1))]
+        data = b"first\xff\xff\xff" + b"the third\xff\xff\xff\xff\xff\xff\xff" + b"x\xff\xff\xff\xff\xff\xff\xff"
+        sent = guest.invoke(context, session, 0, *params, inline=data, inline_out=8 + 16)
+        assert sent.ret == 0
+        assert Reader.seen[0::2] == [b"first", b"the third", b"x"]
+        assert sent.inline(5) == bytes(8) + b"the third" + bytes(7)
 
     @requirement("DEV-INL-5")
     def test_inline_after_the_end(self) -> None:
@@ -574,6 +738,36 @@ class TestCancel:
         guest.cancel(context, call.tag)
         assert [type(one) for one in cancelled] == [Invoke]
         assert (call.ret, waits.ret) == (Result.CANCEL, 0)
+
+    @requirement("DEV-QUE-4", "DEV-RPC-14")
+    def test_the_control_queue_waits_for_nobody(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither for the TEE, nor for a request queue, nor for an event buffer."""
+        guest = bench.guest(buffers=3)
+        context = guest.open_context()
+        session = guest.open_session(context)
+        call = guest.wait(context, session)
+        guest.open(context, UUID(int=1))
+        (first,) = guest.events(post=False)
+        guest.cancel(context, guest.open(context, UUID(int=2)).tag)
+        guest.events(post=False)
+        (withdrawn,) = guest.withdrawn
+        guest.open(context, UUID(int=3))  # its RPC waits for a buffer
+        tee = bench.tee
+        for name in ("start", "cancel", "answer", "run"):
+            monkeypatch.setattr(tee, name, lambda *_: None)
+        guest.ring(Queue.REQUEST).stop()
+        sent = [
+            guest.cancel(context, call.tag, run=False),
+            guest.cancel(context, 4711, run=False),
+            guest.reply(first.rpc, Result.ITEM_NOT_FOUND, run=False),
+            guest.ack(withdrawn, run=False),
+        ]
+        assert not guest.device.process(Queue.CONTROL)
+        assert [one.status for one in sent] == [Status.OK, Status.NOT_FOUND, Status.OK, Status.OK]
+        assert not call.done
+        monkeypatch.undo()
+        guest.disconnect()
+        bench.turn()
 
     @requirement("DEV-CAN-2")
     def test_unknown_and_foreign(self, guest: Guest) -> None:

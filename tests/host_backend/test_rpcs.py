@@ -347,6 +347,16 @@ class TestMemory:
         assert status(guest.reply(freed.rpc, 0, freed.params)) is Status.MALFORMED
         assert call.ret == Result.ITEM_NOT_FOUND
 
+    @requirement("DEV-RPC-11")
+    def test_short_buffer_says_how_much_is_needed(self, guest: Guest, context: int) -> None:
+        call, region, rpc = self.loading(guest, context, context)
+        name = [(V_IN, *(int.from_bytes(NOBODY.bytes[i : i + 8], "little") for i in (0, 8)), 0)]
+        assert status(guest.reply(rpc, Result.SHORT_BUFFER, [*name, (OUT, 0, 5000, region)])) is Status.OK
+        guest.bench.pass_time(11)
+        guest.events()
+        assert call.ret != 0
+
+    @requirement("DEV-RPC-11", "DEV-RPC-12")
     def test_a_size_that_changes(self, guest: Guest, context: int) -> None:
         call, region, rpc = self.loading(guest, context, context)
         question = guest.bench.tee  # the memory is 1000 bytes for it, whatever the region has
@@ -360,7 +370,7 @@ class TestMemory:
 
 
 class TestDeadlines:
-    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-16", "DEV-RPC-17")
+    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-13", "DEV-RPC-16", "DEV-RPC-17")
     def test_sent_and_not_answered(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
