@@ -14,7 +14,7 @@ from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, Regi
 from pyvhost.vring.api import Chain
 from tee.calls import Call, Client, CloseContext, Invoke, Login, UnregisterMemory
 from tee.driver import Done, GenCap, TeeInfo
-from tee.params import Nothing, Value
+from tee.params import Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import RpcCommand
 from tee.soft import examples
@@ -471,15 +471,20 @@ class TestInvoke:
 
     @requirement("DEV-PAR-5", "DEV-PAR-6")
     def test_what_the_tee_is_given(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-        given: list[Call] = []
+        given: list[Param] = []
         start = guest.bench.tee.start
-        monkeypatch.setattr(guest.bench.tee, "start", lambda call: (given.append(call), start(call)))
+
+        def watch(call: Call) -> None:
+            if isinstance(call, Invoke):
+                given.extend(replace(param) for param in call.params)
+            start(call)
+
+        monkeypatch.setattr(guest.bench.tee, "start", watch)
         context = guest.open_context()
         session = guest.open_session(context)
         params = [(V_IN, WORD, 5, 6), (0, 1, 2, 3), (V_OUT, 7, 8, 9), (V_INOUT, 1, WORD, 4), (0, 0, 0, 0)]
         assert guest.invoke(context, session, 0, *params).ret == 0
-        assert isinstance(given[-1], Invoke)
-        assert given[-1].params == [
+        assert given == [
             Value(Direction.IN, WORD, 5, 6),
             Nothing(),
             Value(Direction.OUT, 0, 0, 0),

@@ -49,11 +49,24 @@ class Asker(TrustedApplication):
             raise TeeError(reply.code)
 
 
+class Borrower(TrustedApplication):
+    """Asks for memory, and has it for a second: command 1 frees it then, and goes on for another one."""
+
+    uuid = UUID(int=0xB0)
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        reply = await self.env.rpc(RpcCommand.SHM_ALLOC, [Value(Direction.IN, 0, 100, 8)])
+        await self.env.sleep(1)
+        if command:
+            await self.env.rpc(RpcCommand.SHM_FREE, [Value(Direction.IN), *reply.params])
+            await self.env.sleep(1)
+
+
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     Asker.ask, Asker.unmasked = [Value(Direction.IN, 1, 2, 3), Value(Direction.INOUT, 4, 5, 6)], True
     Asker.answers.clear()
-    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker})
+    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker, Borrower.uuid: Borrower})
     yield bench
     for guest in bench.guests:
         guest.end()
@@ -283,6 +296,25 @@ class TestMemory:
         # The guest has ended the registration: there is nothing left that SHM_FREE could name.
         assert guest.events() == []
         assert call.ret == Result.ITEM_NOT_FOUND
+
+    @requirement("DEV-MEM-10")
+    @pytest.mark.parametrize("frees", [0, 1])
+    def test_it_is_used_while_nothing_names_it(self, guest: Guest, context: int, frees: int) -> None:
+        """Until SHM_FREE, or until the call has ended that asked for it."""
+        supplicant = guest.open_context()
+        region = guest.region(supplicant)
+        call = guest.invoke(context, guest.open_session(context, Borrower.uuid), frees)
+        asked = guest.event(RpcCommand.SHM_ALLOC)
+        assert status(guest.reply(asked.rpc, 0, [(INOUT, 0, 100, region)])) is Status.OK
+        waits = guest.unregister(supplicant, region)
+        guest.bench.pass_time(0.5)
+        assert not waits.done
+        assert guest.device.epoch.regions.get(region).users == 1  # type: ignore[union-attr]
+        guest.bench.pass_time(1)
+        assert waits.ret == 0
+        assert call.done is not bool(frees)
+        guest.bench.pass_time(1)
+        assert call.ret == 0
 
     @requirement("DEV-MEM-10")
     def test_freed_without_an_event_buffer(self, bench: Bench) -> None:
