@@ -14,7 +14,7 @@ help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
-	@echo 'make lab-test  boot a real guest under a QEMU built from source (first time: about 7 minutes)'
+	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 

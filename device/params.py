@@ -19,9 +19,11 @@ INLINE_ALIGN = 8
 
 VALUE_TYPES = {1: Direction.IN, 2: Direction.OUT, 3: Direction.INOUT}
 MEMREF_TYPES = {5: Direction.IN, 6: Direction.OUT, 7: Direction.INOUT}
-_VALUE_OUTPUTS = frozenset({ParamType.VALUE_OUT, ParamType.VALUE_INOUT})
-_MEMREF_OUTPUTS = frozenset({ParamType.MEMREF_OUT, ParamType.MEMREF_INOUT})
-_KNOWN_BITS = PARAM_TYPE_MASK | PARAM_META | PARAM_INLINE
+_VALUE_OUTPUTS = frozenset({int(ParamType.VALUE_OUT), int(ParamType.VALUE_INOUT)})
+_MEMREF_OUTPUTS = frozenset({int(ParamType.MEMREF_OUT), int(ParamType.MEMREF_INOUT)})
+_MEMREF_IN, _MEMREF_OUT = int(ParamType.MEMREF_IN), int(ParamType.MEMREF_OUT)
+_TYPE_AND_META = PARAM_TYPE_MASK | PARAM_META
+_KNOWN_BITS = _TYPE_AND_META | PARAM_INLINE
 
 
 class RequestError(ProtocolError):
@@ -62,23 +64,22 @@ def check_raw(params: Sequence[RawParam], *, inline: bool) -> tuple[int, int]:
     """
     data_in = data_out = 0
     for attr, a, b, c in params:
-        kind = attr & PARAM_TYPE_MASK
         if attr & ~_KNOWN_BITS:
             raise RequestError(Status.MALFORMED, f"parameter attribute {attr:#x} has unknown bits")
+        kind = attr & PARAM_TYPE_MASK
         if kind in MEMREF_TYPES:
             if attr & PARAM_INLINE:
                 if not inline:
                     raise RequestError(Status.MALFORMED, "inline memory was not negotiated, or is not allowed here")
                 if a or c:
                     raise RequestError(Status.MALFORMED, "an inline memory reference has an offset or a region")
-                if kind != ParamType.MEMREF_OUT:
+                if kind != _MEMREF_OUT:
                     data_in += padded(b)
-                if kind != ParamType.MEMREF_IN:
+                if kind != _MEMREF_IN:
                     data_out += padded(b)
             elif c == NULL_REGION and a:
                 raise RequestError(Status.MALFORMED, "a NULL memory reference has an offset")
-            continue
-        if attr & PARAM_INLINE or (kind != ParamType.NONE and kind not in VALUE_TYPES):
+        elif attr & PARAM_INLINE or (kind and kind not in VALUE_TYPES):
             raise RequestError(Status.MALFORMED, f"parameter attribute {attr:#x} is impossible")
     return data_in, data_out
 
@@ -90,13 +91,13 @@ def results(given: Sequence[RawParam], params: Sequence[Param], code: int) -> li
     """
     out: list[RawParam] = []
     for raw, param in zip(given, params, strict=True):
-        if raw[0] & PARAM_META:
-            out.append(raw)
-        elif isinstance(param, Value) and param.direction.is_output:
-            out.append((raw[0], param.a, param.b, param.c))
-        elif isinstance(param, MemRef) and param.direction.is_output:
-            size = param.size if code == Result.SHORT_BUFFER else min(param.size, raw[2])
-            out.append((raw[0], raw[1], size, raw[3]))
+        attr, a, b, c = raw
+        kind = attr & _TYPE_AND_META
+        if kind in _VALUE_OUTPUTS and type(param) is Value:
+            out.append((attr, param.a, param.b, param.c))
+        elif kind in _MEMREF_OUTPUTS and type(param) is MemRef:
+            size = param.size
+            out.append((attr, a, size if size <= b or code == Result.SHORT_BUFFER else b, c))
         else:
             out.append(raw)
     return out

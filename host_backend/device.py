@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from device.config import Config, Limits
 from device.machines import LIFE, LifeAction, LifeEvent, LifeState
@@ -54,6 +55,8 @@ class TeeDevice(Device):
         self.limits = limits
         self.life = LifeState.FRESH
         self._request_queues = request_queues
+        self._max_readable = limits.max_request_bytes + limits.max_inline_bytes
+        self._slot_of = [partial(RingSlot, self, index) for index in range(self.num_queues)]
         self._clock = clock
         self._new_epoch = new_epoch
         self._trace = trace
@@ -218,13 +221,15 @@ class TeeDevice(Device):
     def _drain(self, index: int, queue: DeviceQueue) -> bool:
         kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
 
-        def take(chain: Chain) -> None:
-            self._take(index, kind, chain)
-            self.router.tee.run()
-            if self._completed >= _NOTIFY_EVERY:
-                self.flush()
+        def take(chain: Chain) -> int | None:
+            written = self._take(index, kind, chain)
+            if written is None:
+                self.router.tee.run()
+                if self._completed >= _NOTIFY_EVERY:
+                    self.flush()
+            return written
 
-        return queue.drain(take, _BUDGET)
+        return queue.drain(take, _BUDGET, _NOTIFY_EVERY)
 
     def look_for_requests(self) -> None:
         for index in range(Queue.REQUEST, self.num_queues):
@@ -237,19 +242,23 @@ class TeeDevice(Device):
                     chain = queue.pop()
                     if chain is None:
                         break
-                    self._take(index, Queue.REQUEST, chain)
+                    written = self._take(index, Queue.REQUEST, chain)
+                    if written is not None:
+                        queue.push(chain.head, written)
+                        self.completed(index)
                 self.link.wake(index)
 
-    def _take(self, index: int, kind: Queue, chain: Chain) -> None:
-        slot = RingSlot(self, index, chain)
-        if chain.writable_bytes < RESPONSE_HEADER_SIZE:
-            slot.respond()
-        elif chain.readable_bytes > self.limits.max_request_bytes + self.limits.max_inline_bytes:
-            slot.respond(refusal(Status.LIMIT))
+    def _take(self, index: int, kind: Queue, chain: Chain) -> int | None:
+        """Serve a request; how many bytes of response there are, or None: it will be given back later."""
+        room = chain.writable_bytes
+        if room < RESPONSE_HEADER_SIZE:
+            return 0
+        if chain.readable_bytes > self._max_readable:
             if self._trace is not None:
                 self._trace.answered(self.vm, 0, Status.LIMIT)  # not even looked at
-        else:
-            self.epoch.submit(slot, chain.read(), chain.writable_bytes, kind)
+            return chain.write(refusal(Status.LIMIT))
+        response = self.epoch.submit(chain.read(), room, kind, chain, self._slot_of[index])
+        return None if response is None else chain.write(response)
 
     def completed(self, index: int) -> None:
         """A request of ring ``index`` was completed; the driver is to be told soon."""

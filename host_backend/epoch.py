@@ -7,16 +7,31 @@ all that was its. Nothing of an ended epoch reaches the guest.
 from __future__ import annotations
 
 import logging
+import struct
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 from uuid import UUID
 
 from device.config import Limits
 from device.ids import IdTable, LimitReachedError
 from device.machines import CALL, CallAction, CallEvent, CallState
-from device.messages import CALLS
-from device.params import MEMREF_TYPES, VALUE_TYPES, RawParam, RequestError, pack_raw, padded, results
-from device.requests import ParsedRequest, pack_response, parse_request, refusal
+from device.messages import CALLS, REQUEST_HEADER, REQUESTS
+from device.params import (
+    MEMREF_TYPES,
+    PARAM_SIZE,
+    VALUE_TYPES,
+    RawParam,
+    RequestError,
+    check_raw,
+    pack_raw,
+    padded,
+    results,
+    unpack_raw,
+)
+from device.requests import RESPONSE_HEADER_SIZE, ParsedRequest, pack_response, parse_request, refusal
 from device.wire import (
     NULL_REGION,
     PARAM_INLINE,
@@ -46,7 +61,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, GenCap, TeeDriver
+from tee.driver import Begun, Done, GenCap, InvokesAtOnce, TeeDriver
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -54,6 +69,9 @@ from tee.results import Origin, Result
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Place = TypeVar("Place")
+_INVOKE = int(Request.INVOKE)
+_IN, _OUT = Direction.IN, Direction.OUT
 _MAX_ADDRESS = 1 << 64
 
 
@@ -96,22 +114,39 @@ class Epoch:
         self._closing = 0
         self._on_drained = on_drained
         self.trace = trace
+        self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
         self.rpcs = GuestRpcs(self, clock)
 
     # -- requests
 
-    def submit(self, slot: Slot, data: bytes, room: int, queue: Queue) -> None:
-        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response."""
+    def submit(
+        self, data: bytes, room: int, queue: Queue, place: Place, slot_of: Callable[[Place], Slot]
+    ) -> bytes | None:
+        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response.
+
+        Returns the response if the request has ended by now. Otherwise it will be given to ``slot_of(place)``, which is
+        called before this returns.
+        """
+        begun: Unfinished | None = None
         try:
+            if self._at_once is not None and queue is Queue.REQUEST and len(data) >= INVOKE_HEAD.size:
+                outcome = self._invoke_at_once(data, room)
+                if isinstance(outcome, bytes):
+                    return outcome
+                begun = outcome
             request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
-            HANDLERS[request.type](self, slot, request)
+            if begun is not None:
+                self._invoke_begun(slot_of(place), request, begun)
+                return None
+            response = HANDLERS[request.type](self, slot_of(place), request)
             if self.trace is not None and request.type in ANSWERED_AT_ONCE:
                 self.trace.answered(self.vm, request.type, Status.OK)
+            return response
         except RequestError as e:
             if self.trace is not None:
                 self.trace.answered(self.vm, int.from_bytes(data[:4], "little"), e.status)
             log.debug("vm %s: request refused with %s: %s", self.vm, e.status.name, e.why)
-            slot.respond(refusal(e.status))
+            return refusal(e.status)
 
     def _context(self, request: ParsedRequest) -> ContextEntry:
         context = self.contexts.get(request.context)
@@ -140,15 +175,19 @@ class Epoch:
         if request.type in CALLS and self.running >= self.limits.max_calls:
             raise RequestError(Status.LIMIT, f"{self.running} calls are in progress")
 
-    def _start(self, pending: Pending, call: Call) -> None:
+    def _start(self, pending: Pending, call: Call, begun: Begun | None = None, at: int = 0) -> None:
         pending.call = call
         self.calls[pending.request.tag] = pending
         self.running += pending.request.type in CALLS
         for region in pending.regions:
             region.users += 1
         if self.trace is not None:
-            self.trace.request(self.vm, pending.request.type, pending.request.tag)
-        self.tee.start(call)
+            self.trace.request(self.vm, pending.request.type, pending.request.tag, at or time.monotonic_ns())
+        if begun is None:
+            self.tee.start(call)
+        else:
+            assert isinstance(call, Invoke)
+            begun.becomes(call)
 
     def open_context(self, slot: Slot, request: ParsedRequest) -> None:
         if request.body.flags:
@@ -192,7 +231,7 @@ class Epoch:
         body = request.body
         if body.client_login == Login.REE_KERNEL:
             raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
-        params, regions = self._params(request, context)
+        params, regions = self._params(request.params, request.data, request.inline_at, context)
         self._admit(request)
         session = SessionEntry(context)
         session.ident = _add(self.sessions, session, "sessions")
@@ -235,15 +274,77 @@ class Epoch:
         context = self._context(request)
         body = request.body
         session = self._session(context, body.session)
-        params, regions = self._params(request, context)
+        params, regions = self._params(request.params, request.data, request.inline_at, context)
         self._admit(request)
         pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
         self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
 
+    def _invoke_at_once(self, data: bytes, room: int) -> bytes | Unfinished | None:
+        """The response to an INVOKE that could be run at once, or what is still to be done of it; None: nothing has
+        happened, and :meth:`submit` goes the long way, be it to refuse the request. This costs a fraction of that.
+
+        Raises RequestError as that would.
+        """
+        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = INVOKE_HEAD.unpack_from(data)
+        session = self.sessions.get(session_ident)
+        if (
+            kind != _INVOKE
+            or epoch != self.number
+            or flags | zero | zero_too
+            or not tag
+            or tag in self.calls
+            or session is None
+            or session.handle is None
+            or session.closing
+            or (context := session.context).ident != ident
+            or context.closing
+            or self.running >= self.limits.max_calls
+        ):
+            return None
+        at_once = self._at_once
+        assert at_once is not None
+        at = time.monotonic_ns() if self.trace is not None else 0
+        if not count:
+            if len(data) != INVOKE_HEAD.size or room < _BARE_RESPONSE:
+                return None
+            outcome = at_once(session.handle, func, ())
+            if isinstance(outcome, tuple):
+                if self.trace is not None:
+                    self.trace.served(self.vm, _INVOKE, tag, at, outcome[0])
+                return _bare_response(*outcome)
+            return None if outcome is None else Unfinished(outcome, at, session, [], [])
+        end = INVOKE_HEAD.size + count * PARAM_SIZE
+        if count > self.limits.max_params or end > len(data):
+            return None
+        given = unpack_raw(data, INVOKE_HEAD.size, count)
+        inline_in, inline_out = check_raw(given, inline=bool(self.features & Feature.INLINE))
+        if (
+            len(data) != end + inline_in
+            or max(inline_in, inline_out) > self.limits.max_inline_bytes
+            or room < _BARE_RESPONSE + count * PARAM_SIZE + inline_out
+        ):
+            return None
+        params, regions = self._params(given, data, end, context)
+        outcome = at_once(session.handle, func, params)
+        if isinstance(outcome, tuple):
+            code, origin = outcome
+            if self.trace is not None:
+                self.trace.served(self.vm, _INVOKE, tag, at, code)
+            return b"".join((pack_response(Status.OK, code, origin), *_invoke_tail(given, params, code)))
+        return None if outcome is None else Unfinished(outcome, at, session, params, regions)
+
+    def _invoke_begun(self, slot: Slot, request: ParsedRequest, unfinished: Unfinished) -> None:
+        """An INVOKE that :meth:`_invoke_at_once` has begun waits now."""
+        session = unfinished.session
+        pending = Pending(
+            self, slot, request, session.context, Epoch._invoked, session=session, regions=unfinished.regions
+        )
+        call = Invoke(owner=pending, session=session.handle, func=request.body.func, params=unfinished.params)
+        self._start(pending, call, unfinished.begun, unfinished.at)
+
     def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert isinstance(pending.call, Invoke)
-        params = pending.request.params
-        return (_ids(len(params)), *_outputs(params, pending.call.params, done.code)) if params else (_NO_PARAMS,)
+        return _invoke_tail(pending.request.params, pending.call.params, done.code)
 
     def register_memory(self, slot: Slot, request: ParsedRequest) -> None:
         context = self._context(request)
@@ -289,7 +390,7 @@ class Epoch:
         self.calls[request.tag] = pending
         region.unregister = pending
         if self.trace is not None:
-            self.trace.request(self.vm, request.type, request.tag)
+            self.trace.request(self.vm, request.type, request.tag, time.monotonic_ns())
         self._unregister_if_unused(region)
 
     def _unregister_if_unused(self, region: RegionEntry) -> None:
@@ -318,7 +419,7 @@ class Epoch:
         self._forget_region(region)
         return ()
 
-    def cancel(self, slot: Slot, request: ParsedRequest) -> None:
+    def cancel(self, slot: Slot, request: ParsedRequest) -> bytes:
         context = self._context(request)
         self._admit(request)
         target = self._find_call(context, request.body.tag)
@@ -329,41 +430,45 @@ class Epoch:
         if target is None:
             raise RequestError(Status.NOT_FOUND, f"no request with tag {request.body.tag:#x}")
         self._step(target, CallEvent.CANCEL)
-        slot.respond(pack_response())
+        return pack_response()
 
     def _find_call(self, context: ContextEntry, tag: int) -> Pending | None:
         pending = self.calls.get(tag)
         return pending if pending is not None and pending.context is context else None
 
-    def rpc_reply(self, slot: Slot, request: ParsedRequest) -> None:
+    def rpc_reply(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.reply(request)
-        slot.respond(pack_response())
+        return pack_response()
 
-    def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> None:
+    def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.acknowledge(request)
-        slot.respond(pack_response())
+        return pack_response()
 
     # -- parameters
 
-    def _params(self, request: ParsedRequest, context: ContextEntry) -> tuple[list[Param], list[RegionEntry]]:
-        """The parameters as the TEE takes them, and the regions that they use."""
+    def _params(
+        self, given: list[RawParam], data: bytes, at: int, context: ContextEntry
+    ) -> tuple[list[Param], list[RegionEntry]]:
+        """The parameters as the TEE takes them, with inline memory from ``data[at:]``, and the regions that they use.
+
+        Raises RequestError.
+        """
         params: list[Param] = []
         regions: list[RegionEntry] = []
-        at = request.inline_at
-        for attr, a, b, c in request.params:
+        for attr, a, b, c in given:
             meta = bool(attr & PARAM_META)
             kind = attr & PARAM_TYPE_MASK
             if kind in VALUE_TYPES:
                 direction = VALUE_TYPES[kind]
                 params.append(
-                    Value(direction, a, b, c, meta) if direction is not Direction.OUT else Value(direction, meta=meta)
+                    Value(direction, a, b, c, meta) if direction is not _OUT else Value(direction, 0, 0, 0, meta)
                 )
             elif kind in MEMREF_TYPES:
                 direction = MEMREF_TYPES[kind]
                 if attr & PARAM_INLINE:
-                    params.append(MemRef(direction, _inline(direction, request.data, at, b), 0, b, meta))
+                    params.append(MemRef(direction, _inline(direction, data, at, b), 0, b, meta))
                     if direction.is_input:
                         at += padded(b)
                 elif c == NULL_REGION:
@@ -534,7 +639,7 @@ def deliver(done: Done) -> None:
         owner.epoch.closed(owner.context)
 
 
-HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
+HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.OPEN_CONTEXT: Epoch.open_context,
     Request.CLOSE_CONTEXT: Epoch.close_context,
     Request.OPEN_SESSION: Epoch.open_session,
@@ -546,7 +651,8 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], None]] = {
     Request.RPC_REPLY: Epoch.rpc_reply,
     Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
 }
-"""Request type → what serves it. Types that are not here belong to features that this backend does not offer."""
+"""Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
+features that this backend does not offer."""
 
 ANSWERED_AT_ONCE = frozenset({Request.CANCEL, Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
 """Request types that never become a call of the TEE."""
@@ -567,6 +673,34 @@ def _ids(first: int, second: int = 0) -> bytes:
 
 _NO_PARAMS = _ids(0)
 
+INVOKE_HEAD = struct.Struct(
+    (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
+)
+"""An INVOKE up to its parameters; its reserved words too, as numbers."""
+_BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """An INVOKE that was begun at once and waits: what :meth:`Epoch._invoke_at_once` has found out about it."""
+
+    begun: Begun
+    at: int
+    """When, in nanoseconds, if anybody wants to know."""
+    session: SessionEntry
+    params: list[Param]
+    regions: list[RegionEntry]
+
+
+@lru_cache(maxsize=256)
+def _bare_response(code: int, origin: int) -> bytes:
+    return pack_response(Status.OK, code, origin) + _NO_PARAMS
+
+
+def _invoke_tail(given: list[RawParam], params: list[Param], code: int) -> tuple[bytes, ...]:
+    """An INVOKE's response after its header."""
+    return (_ids(len(given)), *_outputs(given, params, code)) if given else (_NO_PARAMS,)
+
 
 def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:
     if direction is Direction.IN:
@@ -577,10 +711,9 @@ def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:
 def _outputs(given: list[RawParam], params: list[Param], code: int) -> list[bytes]:
     """The tail of a response: the parameters with their outputs, then inline memory."""
     parts = [pack_raw(results(given, params, code))]
-    for raw, param in zip(given, params, strict=True):
-        if raw[0] & PARAM_INLINE and isinstance(param, MemRef) and param.direction.is_output:
+    for (attr, _, capacity, _), param in zip(given, params, strict=True):
+        if attr & PARAM_INLINE and type(param) is MemRef and param.direction is not _IN:
             assert param.memory is not None
-            capacity = raw[2]
             short = code == Result.SHORT_BUFFER and param.size > capacity
             parts.append(bytes(capacity) if short else bytes(param.memory.segments[0]))
             parts.append(bytes(padded(capacity) - capacity))

@@ -132,8 +132,8 @@ class Metrics(Recorder):
 
     # On the data-plane thread.
 
-    def request(self, vm: str, kind: int, tag: int) -> None:
-        self._started.setdefault(vm, {})[tag] = time.monotonic_ns()
+    def request(self, vm: str, kind: int, tag: int, began: int) -> None:
+        self._started.setdefault(vm, {})[tag] = began
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
         name = request_name(kind)
@@ -142,6 +142,12 @@ class Metrics(Recorder):
         began = self._started.get(vm, _NONE).pop(tag, None)
         if began is not None:
             _observe(self._request_times, (vm, name), began)
+
+    def served(self, vm: str, kind: int, tag: int, began: int, ret: int) -> None:
+        name = request_name(kind)
+        _count(self._requests, (vm, name, _OK))
+        _count(self._results, (vm, name, _RESULT.get(ret, "UNKNOWN")))
+        _observe(self._request_times, (vm, name), began)
 
     def answered(self, vm: str, kind: int, status: int) -> None:
         _count(self._requests, (vm, request_name(kind), _STATUS.get(status, "UNKNOWN")))
@@ -233,6 +239,7 @@ def _names(enum: type[IntEnum]) -> dict[int, str]:
 
 
 _STATUS, _RESULT, _COMMAND = _names(Status), _names(Result), _names(RpcCommand)
+_OK = Status.OK.name
 
 
 def _count(counts: dict[Any, int], key: tuple[str, ...]) -> None:

@@ -19,11 +19,16 @@ from tee.rpc import describe_command
 class Recorder:
     """Is told what happens, on the data-plane thread: it must be quick. This one forgets."""
 
-    def request(self, vm: str, kind: int, tag: int) -> None:
-        """A request has gone from a guest to the TEE."""
+    def request(self, vm: str, kind: int, tag: int, began: int) -> None:
+        """A request has gone from a guest to the TEE; ``began`` in nanoseconds of CLOCK_MONOTONIC."""
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
         """The TEE has ended it, and it was answered."""
+
+    def served(self, vm: str, kind: int, tag: int, began: int, ret: int) -> None:
+        """A request has gone to the TEE, which has ended it at once, and it is answered with OK."""
+        self.request(vm, kind, tag, began)
+        self.response(vm, kind, tag, Status.OK, ret)
 
     def answered(self, vm: str, kind: int, status: int) -> None:
         """The device itself has answered a request at once. ``kind`` may be anything."""
@@ -53,9 +58,13 @@ class Recorders(Recorder):
     def __init__(self, *recorders: Recorder) -> None:
         self._all = recorders
 
-    def request(self, vm: str, kind: int, tag: int) -> None:
+    def request(self, vm: str, kind: int, tag: int, began: int) -> None:
         for one in self._all:
-            one.request(vm, kind, tag)
+            one.request(vm, kind, tag, began)
+
+    def served(self, vm: str, kind: int, tag: int, began: int, ret: int) -> None:
+        for one in self._all:
+            one.served(vm, kind, tag, began, ret)
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
         for one in self._all:
@@ -99,8 +108,8 @@ class Trace(Recorder):
         self._out.write("\n]\n")
         self._out.close()
 
-    def request(self, vm: str, kind: int, tag: int) -> None:
-        self._begin(vm, "requests", Request(kind).name, tag)
+    def request(self, vm: str, kind: int, tag: int, began: int) -> None:
+        self._begin(vm, "requests", Request(kind).name, tag, at=began / 1000)
 
     def response(self, vm: str, kind: int, tag: int, status: int, ret: int) -> None:
         what = {"from": "guest", "to": "device", "status": Status(status).name, "ret": describe(ret)}
@@ -132,9 +141,16 @@ class Trace(Recorder):
         self._write(vm, {"name": name, "ph": "i", "s": "p", "ts": _now(), "cat": lane, "args": args})
 
     def _begin(
-        self, vm: str, lane: str, name: str, key: int, args: dict[str, Any] | None = None, route: str = ""
+        self,
+        vm: str,
+        lane: str,
+        name: str,
+        key: int,
+        args: dict[str, Any] | None = None,
+        route: str = "",
+        at: float = 0,
     ) -> None:
-        now = _now()
+        now = at or _now()
         self._open[vm, lane, key] = (now, route)
         event = {"name": name, "ph": "b", "cat": lane, "id": key, "ts": now, "args": args or {}}
         self._write(vm, event)

@@ -19,6 +19,7 @@ LAB = (
     "bison",
     "ca-certificates",
     "dpkg-dev",
+    "e2fsprogs",
     "flex",
     "gcc",
     "libc6-dev",

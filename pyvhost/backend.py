@@ -18,6 +18,7 @@ from typing import Any
 from pyvhost import effects as fx
 from pyvhost.effects import Answer, Effect, RegionInfo, RingSetup
 from pyvhost.errors import FormatError, MessageError, ProtocolError
+from pyvhost.inflight import ALIGN as INFLIGHT_ALIGN
 from pyvhost.inflight import region_size
 from pyvhost.messages import (
     CONFIG,
@@ -562,33 +563,36 @@ class Backend:
 
     # --- what is in flight, and what was written
 
-    def _inflight_bytes(self, body: Any) -> int:
-        """Bytes of an inflight region for so many queues of that size."""
+    def _check_inflight(self, message: _Message) -> None:
+        body = message.body
+        if len(message.tail) not in _INFLIGHT_PADDING:
+            raise MessageError("an inflight description of another size")
         if not 1 <= body.num_queues <= len(self.rings) or not 1 <= body.queue_size <= MAX_SIZE:
             raise MessageError(f"an inflight region for {body.num_queues} queues of {body.queue_size}")
-        return int(body.num_queues * region_size(body.queue_size))
 
     def _get_inflight_fd(self, message: _Message) -> Steps:
+        """For the largest rings that there can be: QEMU asks with its option ``queue-size``, which does not keep its
+        driver from a larger one."""
+        self._check_inflight(message)
         body = message.body
-        if len(message.tail) not in _INFLIGHT_PADDING:
-            raise MessageError("GET_INFLIGHT_FD of another size")
-        size = self._inflight_bytes(body)
-        if self.packed:
-            size = 0  # how to say that there is none
-        else:
-            fd = yield fx.MakeInflight(size)
-            self._reply_fds = (fd,)
-        return INFLIGHT.pack(size, 0, body.num_queues, body.queue_size) + bytes(len(message.tail))
+        entries = max(body.queue_size, self.info.max_queue_size)
+        size = body.num_queues * region_size(entries, packed=self.packed)
+        fd = yield fx.MakeInflight(size)
+        self._reply_fds = (fd,)
+        return INFLIGHT.pack(size, 0, body.num_queues, entries) + bytes(len(message.tail))
 
     def _set_inflight_fd(self, message: _Message) -> Steps:
+        """``queue_size`` may be what the frontend asked for, rather than what it got: the size of the region decides.
+        A ring that it has no room for is refused when it starts."""
+        self._check_inflight(message)
         body = message.body
-        if len(message.tail) not in _INFLIGHT_PADDING:
-            raise MessageError("SET_INFLIGHT_FD of another size")
-        if self.packed:
-            raise MessageError("an inflight region for packed rings, which is not implemented")
-        if body.mmap_size < self._inflight_bytes(body):
+        if body.mmap_size < body.num_queues * region_size(body.queue_size, packed=self.packed):
             raise MessageError(f"an inflight region of {body.mmap_size} bytes, which is too small")
-        yield fx.SetInflight(message.fds[0], body.mmap_offset, body.num_queues, body.queue_size)
+        if body.mmap_offset % INFLIGHT_ALIGN:
+            raise MessageError(f"an inflight region at offset {body.mmap_offset}, which is misaligned")
+        part = body.mmap_size // body.num_queues // INFLIGHT_ALIGN * INFLIGHT_ALIGN
+        part = min(part, region_size(MAX_SIZE, packed=True))
+        yield fx.SetInflight(message.fds[0], body.mmap_offset, body.num_queues, part)
         return None
 
     def _set_log_base(self, message: _Message) -> Steps:

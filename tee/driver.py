@@ -16,13 +16,14 @@ The rules of the contract:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from tee.calls import Call
+from tee.calls import Call, Invoke
 from tee.memory import Memory
+from tee.params import Param
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcReply
 
@@ -113,3 +114,28 @@ class TeeDriver(Protocol):
 
     def usage(self) -> dict[str, int]:
         """How many there are now of what this driver keeps, by name: for metrics, and to see that nothing is left."""
+
+
+class Begun(Protocol):
+    """An invoke that waits in the middle."""
+
+    def becomes(self, call: Invoke) -> None:
+        """Give it the call that it is from here on, with the session, command and parameters that it was begun with:
+        as if that had been started, it can be cancelled and ends by a Done."""
+
+
+Outcome = tuple[int, int]
+"""Result code and origin."""
+
+
+@runtime_checkable
+class InvokesAtOnce(Protocol):
+    """What a driver can offer besides: invokes that end without waiting cost neither a call object nor an event."""
+
+    def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
+        """Let the TA of ``session`` run right now. Not from inside the sink.
+
+        Returns the outcome, with outputs in ``params``; or what was begun and waits in the middle, whose ``becomes`` is
+        to be called before anything else of the driver; or None where it cannot begin now (others have their turn, or
+        it is to be refused): nothing has happened then, and ``start`` does it. In any case ``run`` is due.
+        """

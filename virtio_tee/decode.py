@@ -609,7 +609,10 @@ def decode(kind: str, data: bytes, *, request_type: int | None = None) -> Decode
     :param kind: one of :data:`KINDS`; KeyError otherwise
     :param request_type: for a response: the type of the request that it answers
     """
-    return KINDS[kind].run(bytes(data), {"request_type": request_type})
+    decoded = KINDS[kind].run(bytes(data), {"request_type": request_type})
+    if not data and not decoded.errors:  # formats that are a row of things: none of them is not what was meant
+        decoded.errors.append("there are no bytes to decode: is the input empty?")
+    return decoded
 
 
 def request_type(text: str) -> int:

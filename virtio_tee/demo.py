@@ -1,4 +1,4 @@
-"""``virtio-tee demo``: backend and guest as two processes of this machine."""
+"""``virtio-tee demo``: backend and guest as two processes of this machine, or a guest on its real device."""
 
 from __future__ import annotations
 
@@ -7,21 +7,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tee.soft.examples import UUIDS, source
+from virtio_tee.attach import FOLDER, open_driver, supplicant_of, ta_folders
+from virtio_tee.outcome import Outcome, from_events, from_trace, show
 
 GUEST_TIMEOUT_S = 60
 READY_TIMEOUT_S = 20
+THE_ONLY_ONE = "auto"
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
+@click.option(
+    "--device",
+    is_flag=False,
+    flag_value=THE_ONLY_ONE,
+    metavar="[ADDRESS]",
+    help="In a guest: use its TEE device, by PCI address (0000:00:03.0) or the only one, and the backend behind it.",
+)
+@click.option(
+    "--ta-folder",
+    "ta_places",
+    multiple=True,
+    type=FOLDER,
+    metavar="DIR",
+    help="With --device: where the guest's signed TAs lie; may be given again. Default: /lib/optee_armtz.",
+)
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -35,69 +52,67 @@ READY_TIMEOUT_S = 20
     type=click.Choice(sorted(UUIDS)),
     help="Remove this TA from the guest's folder first: the demo then fails and says why.",
 )
-def demo(as_json: bool, folder: Path | None, without: tuple[str, ...]) -> None:
+def demo(
+    as_json: bool, device: str | None, ta_places: tuple[Path, ...], folder: Path | None, without: tuple[str, ...]
+) -> None:
     """Show the main job in a few seconds: a guest loads TAs over RPC and calls them through a virtio-tee device.
 
     Two processes: the backend (virtio-tee serve --tee soft) and a guest, which attaches to its vhost-user socket
     with memory of its own, as a VM does. The TAs are signed with a throw-away key and lie in the guest's folder;
-    the backend has only the public key. Exit status 1: something failed.
+    the backend has only the public key.
+
+    Inside a guest, --device runs the same on the real device: the TAs hello_world, random and probe, signed by a key
+    that the backend trusts, have to lie in the guest's folder.
+
+    Exit status 1: something failed.
     """
-    with ExitStack() as stack:
-        where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-        outcome = _run(where, without)
+    if device is not None:
+        if folder or without:
+            raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
+        outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places)
+    else:
+        if ta_places:
+            raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
+        with ExitStack() as stack:
+            where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
+            outcome = _two_processes(where, without)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
-        _show(outcome)
+        show(outcome)
     sys.exit(0 if outcome.result == "ok" else 1)
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What was seen, on both sides."""
+def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
+    """In this process, on the PCI device; the driver counts requests and RPCs, where they leave and arrive."""
+    from tee.driver import TeeKind
+    from tee.io.runtime import TeeRuntime
+    from tee.io.supplicant import Services
+    from virtio_tee import scenario
 
-    why: str = ""
-    elapsed_s: float = 0.0
-    guest: dict[str, Any] = field(default_factory=dict)
-    trace: list[dict[str, Any]] = field(default_factory=list)
-    """The backend's record of requests and RPCs."""
-
-    @property
-    def result(self) -> str:
-        """ok or failed."""
-        return "ok" if not self.why else "failed"
-
-    def lane(self, name: str) -> list[dict[str, Any]]:
-        """The backend's records of what has ended, of one kind."""
-        return [event for event in self.trace if event.get("cat") == name and event["ph"] == "e"]
-
-    def as_json(self) -> dict[str, Any]:
-        """The contract of ``demo --json``. The backend counts requests and RPCs, where they arrive and leave."""
-        rpcs = [
-            {
-                "command": event["name"],
-                "answered_by": event["args"]["answered_by"],
-                "result": event["args"]["ret"],
-                "took_us": event["args"]["took_us"],
-            }
-            for event in self.lane("RPCs")
-        ]
-        loads = [r for r in rpcs if r["command"] == "LOAD_TA" and r["result"] == "SUCCESS"]
-        opened = [e for e in self.lane("requests") if e["name"] == "OPEN_SESSION" and e["args"]["ret"] == "SUCCESS"]
-        return {
-            "result": self.result,
-            **({"why": self.why} if self.why else {}),
-            "path": "virtio",
-            "tee": "soft",
-            "requests": len(self.lane("requests")),
-            "ta_loaded_over_rpc": bool(loads and opened),
-            "rpcs": rpcs,
-            "steps": self.guest.get("steps", []),
-            "elapsed_s": round(self.elapsed_s, 3),
-        }
+    found = ta_folders(folders)
+    if not found:
+        raise click.UsageError("no TAs: put those that the backend trusts into /lib/optee_armtz, or say --ta-folder")
+    start = time.monotonic()
+    report = scenario.Report()
+    supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
+    with closing(supplicant), closing(open_driver(None, address)) as driver:
+        with TeeRuntime(driver, supplicant, report.observe) as runtime:
+            scenario.run(scenario.main_job, runtime, report)
+        kind = driver.info.kind
+    seen = report.as_json()
+    return Outcome(
+        why=report.why,
+        elapsed_s=time.monotonic() - start,
+        tee=TeeKind(kind).name.lower() if kind in list(TeeKind) else f"kind {kind}",
+        steps=seen["steps"],
+        requests=from_events(report.events, "start", "done"),
+        rpcs=from_events(report.events, "rpc", "answer", answered_by="guest"),
+    )
 
 
-def _run(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
+    """The backend counts requests and RPCs, where they arrive and leave."""
     start = time.monotonic()
     outcome = Outcome()
     tas = _prepare(folder)
@@ -131,9 +146,10 @@ def _run(folder: Path, without: tuple[str, ...]) -> Outcome:
                 timeout=GUEST_TIMEOUT_S,
                 check=False,
             )
-            outcome.guest = json.loads(guest.stdout) if guest.stdout else {}
+            said = json.loads(guest.stdout) if guest.stdout else {}
+            outcome.steps = said.get("steps", [])
             if guest.returncode:
-                outcome.why = outcome.guest.get("why") or guest.stderr.strip() or "the guest failed"
+                outcome.why = said.get("why") or guest.stderr.strip() or "the guest failed"
                 outcome.why += "".join(f"; {line}" for line in guest.stderr.splitlines() if line not in outcome.why)
         except (subprocess.TimeoutExpired, NotReadyError) as e:
             outcome.why = str(e)
@@ -142,7 +158,10 @@ def _run(folder: Path, without: tuple[str, ...]) -> Outcome:
             _, errors = backend.communicate()
     if backend.returncode != 0 and not outcome.why:
         outcome.why = f"the backend ended with {backend.returncode}: {errors.strip()}"
-    outcome.trace = _read_trace(trace)
+    if outcome.why:
+        outcome.why += _missing_tas(tas, without)
+    seen = _read_trace(trace)
+    outcome.requests, outcome.rpcs = from_trace(seen, "requests"), from_trace(seen, "RPCs")
     outcome.elapsed_s = time.monotonic() - start
     return outcome
 
@@ -155,21 +174,42 @@ class NotReadyError(Exception):
     """The backend did not start."""
 
 
+KEYS = ("vendor.key", "vendor.pem")
+
+
 def _prepare(folder: Path) -> Path:
-    """A vendor's key and the guest's folder with its signed TAs, unless they are there already."""
+    """A vendor's key and the guest's folder with its signed TAs, unless they are there already.
+
+    Raises click.UsageError where only a part of the keys is there: what is left was somebody's, and stays.
+    """
     from tee import package
 
     tas = folder / "guest" / "optee_armtz"
-    key = folder / "vendor.key"
-    if not key.exists():
+    private, public = (folder / name for name in KEYS)
+    kept = [path for path in (private, public, *sorted(tas.glob("*.ta"))) if path.exists()]
+    missing = [path.name for path in (private, public) if not path.exists()]
+    if not kept:
         tas.mkdir(parents=True, exist_ok=True)
         pair = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
-        key.touch(0o600)
-        key.write_bytes(pair.private)
-        (folder / "vendor.pem").write_bytes(pair.public)
+        private.touch(0o600)
+        private.write_bytes(pair.private)
+        public.write_bytes(pair.public)
         for name, uuid in UUIDS.items():
             (tas / f"{uuid}.ta").write_bytes(package.sign(source(name), uuid, 1, pair.private))
+    elif missing:
+        raise click.UsageError(
+            f"--folder {folder} has {kept[0].relative_to(folder)}, but no {' and no '.join(missing)}: "
+            "put back what is missing, or name an empty folder to have all made anew"
+        )
     return tas
+
+
+def _missing_tas(tas: Path, meant: tuple[str, ...]) -> str:
+    """What to do about example TAs that are not in the folder, other than those ``meant``; "" where all are."""
+    missing = [name for name, uuid in UUIDS.items() if name not in meant and not (tas / f"{uuid}.ta").exists()]
+    if not missing:
+        return ""
+    return f"; {tas} lacks {', '.join(missing)}: put back <uuid>.ta, or name an empty folder to have all made anew"
 
 
 def _wait_until_ready(backend: subprocess.Popen[str]) -> None:
@@ -191,44 +231,3 @@ def _read_trace(path: Path) -> list[dict[str, Any]]:
         return []
     lines = (line.strip().rstrip(",") for line in path.read_text().splitlines())
     return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def _show(outcome: Outcome) -> None:
-    """The timeline, for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(title="who sent what to whom", box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("ms", "right"), ("from", "left"), ("to", "left"), ("what", "left"), ("took ms", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    rows = sorted(_rows(outcome), key=lambda row: row[0])
-    first = rows[0][0] if rows else 0.0
-    for at, source_, target, what, took in rows:
-        table.add_row(f"{(at - first) * 1000:.2f}", source_, target, what, "" if took is None else f"{took * 1000:.2f}")
-    console.print(table)
-    facts = outcome.as_json()
-    console.print(
-        f"\n{facts['requests']} requests, {len(facts['rpcs'])} RPCs; path {facts['path']}, TEE {facts['tee']}; "
-        f"TAs loaded over RPC: {'yes' if facts['ta_loaded_over_rpc'] else 'no'}; {facts['elapsed_s']} s"
-    )
-    console.print(f"result: {outcome.result}" + (f": {outcome.why}" if outcome.why else ""), markup=False)
-
-
-def _rows(outcome: Outcome) -> list[tuple[float, str, str, str, float | None]]:
-    """(time in s, from, to, what, took s), of both processes: they share the monotonic clock."""
-    rows: list[tuple[float, str, str, str, float | None]] = []
-    for step in outcome.guest.get("steps", []):
-        mark = "" if step["ok"] else "  FAILED"
-        rows.append((step["start"], "client", "", f"── {step['name']} {step['detail']}{mark}", step["took_s"]))
-    for event in outcome.lane("requests"):
-        what = f"{event['name']} → {event['args']['ret']}"
-        rows.append((_start(event), "guest", "device", what, event["args"]["took_us"] / 1e6))
-    for event in outcome.lane("RPCs"):
-        what = f"RPC {event['name']} → {event['args']['ret']}"
-        rows.append((_start(event), "TEE", "supplicant", what, event["args"]["took_us"] / 1e6))
-    return rows
-
-
-def _start(event: dict[str, Any]) -> float:
-    return float(event["ts"] - event["args"]["took_us"]) / 1e6

@@ -15,7 +15,7 @@ from virtio_tee.attach import device_options, open_driver, service_options, supp
 from virtio_tee.logs import verbose_option
 
 if TYPE_CHECKING:
-    from guest_driver.client import Parameter
+    from guest_driver.client import Answer, Parameter
     from tee.io.supplicant import Services
 
 MAX_OUTPUT = 32 << 20
@@ -109,10 +109,14 @@ def invoke(
     """Open a session with the TA UUID, invoke COMMAND, print what comes back.
 
     \b
-    Each of PARAMS is one parameter:
+    Each of PARAMS is one parameter. There may be none; `guest info` tells how many the device takes at most
+    (max_params, 24 unless the backend says otherwise; a TA of OP-TEE's takes 4).
       none  in:A[,B[,C]]  out  inout:A[,B[,C]]   values (decimal or 0x…)
-      mem-in:TEXT  mem-out:SIZE  mem-inout:TEXT  temporary memory
+      mem-in:TEXT  mem-out:SIZE  mem-inout:TEXT  temporary memory (SIZE up to 32 MiB)
     For example: virtio-tee guest invoke 8aaaf200-2450-11e4-abe2-0002a5d5c51b 0 inout:41
+
+    Shown is what the TA may have changed, a line for each parameter. With --json: a list with [a, b, c] for a value,
+    hex digits for memory, null for what only goes in.
     """
     from guest_driver.client import Context
     from tee.io.runtime import TeeRuntime
@@ -122,6 +126,8 @@ def invoke(
     supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
     try:
+        if len(parameters) > (most := driver.config.limits.max_params):
+            raise click.UsageError(f"{len(parameters)} parameters; this device takes {most} at most")
         with (
             closing(supplicant),
             TeeRuntime(driver, supplicant) as runtime,
@@ -134,8 +140,29 @@ def invoke(
         sys.exit(1)
     finally:
         driver.close()
-    shown = [a.hex() if isinstance(a, bytes) else a for a in answers]
-    click.echo(json.dumps(shown) if as_json else "\n".join(str(a) for a in shown))
+    if as_json:
+        click.echo(json.dumps([a.hex() if isinstance(a, bytes) else a for a in answers]))
+        return
+    for place, answer in enumerate(answers):
+        click.echo(f"param {place}: {_readable(answer)}")
+    if not answers:
+        click.echo("done; there were no parameters")
+
+
+def _readable(answer: Answer) -> str:
+    """One parameter that came back, for people."""
+    from guest_driver.client import Words
+
+    match answer:
+        case Words(a, b, c):
+            return f"value a={a} b={b} c={c}"
+        case bytes():
+            text = answer.decode("ascii", "replace")
+            said = f" ({text!r})" if answer and text.isprintable() and text.isascii() else ""
+            return f"memory, {len(answer)} bytes{': ' if answer else ''}{answer.hex()}{said}"
+        case int():
+            return f"memory, {answer} bytes"
+    return "nothing comes back"
 
 
 def _parameter(text: str) -> Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from guest_driver.client import Context, TempInOut, TempOut, ValueIn, ValueInOut
+from tee.calls import Call
 from tee.io.runtime import Observation, TeeRuntime
 from tee.params import Direction
 from tee.results import TeeError, describe
@@ -60,7 +62,7 @@ class Report:
     def observe(self, seen: Observation) -> None:
         """For :class:`TeeRuntime`: what went to the device and came from it."""
         subject = seen.subject
-        what = describe_command(subject.command) if isinstance(subject, Rpc) else type(subject).__name__
+        what = describe_command(subject.command) if isinstance(subject, Rpc) else _request_name(type(subject))
         code = getattr(seen.detail, "code", None)
         result = None if code is None else describe(code)
         event = {"time": seen.time, "kind": seen.kind, "what": what, "id": id(subject), "result": result}
@@ -69,6 +71,11 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """For the process that started this one."""
         return {"ok": self.ok, "why": self.why, "steps": [asdict(s) for s in self.steps], "events": self.events}
+
+
+def _request_name(call: type[Call]) -> str:
+    """OpenSession → OPEN_SESSION, as the backend's trace and the specification say it."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", call.__name__).upper()
 
 
 class CheckError(Exception):

@@ -15,6 +15,7 @@ import click
 
 from device.config import Limits
 from virtio_tee import systemd
+from virtio_tee.keys import public_key
 from virtio_tee.logs import verbose_option
 from virtio_tee.throttle import throttle_logs
 
@@ -205,15 +206,6 @@ def _ready() -> None:
     systemd.notify("READY=1")
 
 
-def _public_key(path: Path) -> Any:
-    from tee import package
-
-    try:
-        return package.load_public_key(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path} is no public key in PEM that may sign TAs: {str(e).partition('.')[0]}") from None
-
-
 def _soft(
     keys: tuple[Path, ...],
     threads: int,
@@ -236,7 +228,7 @@ def _soft(
         return SoftTee(
             clock=time.monotonic,
             random=secrets.token_bytes,
-            keys=[_public_key(key) for key in keys],
+            keys=[public_key(key) for key in keys],
             built_in=built_in,
             threads=threads,
             storage_key=storage_key.read_bytes() if storage_key is not None else None,

@@ -12,6 +12,7 @@ import click
 
 from tee import package
 from tee.results import TeeError
+from virtio_tee.keys import public_key
 
 _NAMES = [a.name for a in package.ALGORITHMS.values()]
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -109,13 +110,11 @@ def show(file: Path, keys: tuple[Path, ...], as_json: bool) -> None:
             "sha256": found.digest.hex(),
         }
         if keys:
-            number = package.verify(data, found.uuid, [k.read_bytes() for k in keys]).key_number
+            number = package.verify(data, found.uuid, [public_key(key) for key in keys]).key_number
             facts["signed_by"] = str(keys[number])
     except TeeError as e:
         click.echo(f"{file}: {e.why}", err=True)
         sys.exit(1)
-    except ValueError as e:
-        raise click.UsageError(f"--key: no public key in PEM: {str(e).partition('.')[0]}") from None
     if as_json:
         click.echo(json.dumps(facts))
     else:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 from lab.cache import LabError, say
 from lab.qemu.build import TARGETS, ensure_qemu
@@ -22,10 +23,11 @@ To see a guest with the device, type in one terminal
 
 and in another
 
-  python -m lab.qemu boot --socket /tmp/tee.sock --shell
+  python -m lab.qemu boot --socket /tmp/tee.sock --ta-folder tas --shell
 
 and there, in the guest, `virtio-tee guest --help`.
 """
+TA_FOLDER = "/lib/optee_armtz"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--shell", action="store_true", help="the guest's console is this terminal, with a shell")
     one.add_argument("--queues", type=int, default=1, help="request queues of each device (default: 1)")
     one.add_argument("--memory", type=int, default=384, metavar="MIB", help="default: %(default)s")
+    one.add_argument(
+        "--ta-folder", type=Path, metavar="DIR", help=f"put the TAs (*.ta) of this folder into the guest's {TA_FOLDER}"
+    )
     one.add_argument("run", nargs="*", help="a command to run in the guest, after `--`")
     return parser
 
@@ -69,9 +74,10 @@ def _boot(args: argparse.Namespace) -> int:
         num_request_queues=args.queues,
         accel="kvm" if args.kvm else default_accel(),
     )
+    image = ensure_image(extra=_tas(args.ta_folder))
     if args.shell:
-        return boot_for_person(config)
-    with Guest(config) as guest:
+        return boot_for_person(config, image)
+    with Guest(config, image=image) as guest:
         say(f"the guest is up after {guest.boot_seconds:.1f} s")
         if not args.run:
             print(guest.console, end="")
@@ -80,6 +86,17 @@ def _boot(args: argparse.Namespace) -> int:
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         return done.returncode
+
+
+def _tas(folder: Path | None) -> list[tuple[str, Path]]:
+    """Path in the guest, file here. Raises LabError where there are none."""
+    if folder is None:
+        return []
+    found = sorted(folder.glob("*.ta"))
+    if not found:
+        raise LabError(f"--ta-folder {folder}: there is no .ta file (virtio-tee ta sign makes them)")
+    # /lib is a link to /usr/lib in the guest, which a folder of that name would replace
+    return [(f"/usr{TA_FOLDER}/{path.name}", path) for path in found]
 
 
 def _command(args: argparse.Namespace) -> int:

@@ -337,9 +337,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def boot_for_person(config: GuestConfig) -> int:
+def boot_for_person(config: GuestConfig, image: GuestImage) -> int:
     """A guest whose console is this terminal."""
-    qemu, image = ensure_qemu(), ensure_image()
+    qemu = ensure_qemu()
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
         initrd = Path(name) / "initrd"
         initrd.write_bytes(b"".join(part.read_bytes() for part in image.initrds))

@@ -11,8 +11,12 @@ from pyvhost.dirtylog import RingLog
 from pyvhost.errors import RingError
 from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
+from pyvhost.vring.packed_inflight import PackedInflight
 
-__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Segment"]
+__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Inflight", "Segment"]
+
+#: what records the requests in flight of one queue, of either ring format
+Inflight = SplitInflight | PackedInflight
 
 #: guest address, length in bytes (> 0)
 Segment = tuple[int, int]
@@ -183,14 +187,14 @@ class DeviceQueue(Protocol):
         """
         ...
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
         """Record in ``inflight`` from now on. Before the first ``pop()``; after ``adopt()``, where that is called.
 
         What is in flight on this queue stays so. On a queue with nothing in flight, what the last backend had taken
         and not returned is taken again, into ``recovered``, and the ring goes on behind it, whatever ``base`` said.
 
         :raises RingError: the record makes no sense, or is too small for the ring
-        :raises StateError: this ring format cannot
+        :raises StateError: a recorder of the other ring format
         """
         ...
 

@@ -9,9 +9,8 @@ from struct import Struct
 
 from pyvhost.dirtylog import RingLog
 from pyvhost.errors import MemoryFault, RingError, StateError
-from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
-from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
 from pyvhost.vring.packed import (
     DESC_F_AVAIL,
     DESC_F_INDIRECT,
@@ -28,6 +27,8 @@ from pyvhost.vring.packed import (
     unpack_base,
     valid_size,
 )
+from pyvhost.vring.packed_inflight import PackedInflight
+from pyvhost.vring.parts import check_parts
 
 __all__ = ["PackedDeviceQueue"]
 
@@ -48,7 +49,7 @@ class PackedDeviceQueue:
 
     A chain of direct descriptors is no longer than the ring, ``max_descriptors`` bounds indirect tables.
 
-    :raises RingError: a size that is not 1 to 2^15, parts too small, a base outside of the ring
+    :raises RingError: a size that is not 1 to 2^15, parts too small or misaligned, a base outside of the ring
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class PackedDeviceQueue:
         "_full",
         "_held",
         "_indirect",
+        "_kept",
         "_lengths",
         "_log",
         "_max",
@@ -81,6 +83,7 @@ class PackedDeviceQueue:
         "_view",
         "_wrap",
         "broken",
+        "inflight",
         "recovered",
         "size",
         "spin_us",
@@ -109,7 +112,9 @@ class PackedDeviceQueue:
         self.spin_us = spin_us
         self.broken: RingError | None = None
         self.stopped = False
+        self.inflight: PackedInflight | None = None
         self.recovered: deque[Chain] = deque()
+        self._kept: bytes | None = None  # of a stopped queue: what its part of the inflight region said
         self._log: RingLog | None = None
         self._indirect = indirect
         self._event_idx = event_idx
@@ -121,23 +126,28 @@ class PackedDeviceQueue:
         # by id: room in the writable part, descriptors in the ring, and all that it consists of
         self._held: dict[int, tuple[int, int, Sequence[_Entry]]] = {}
         self._occupied = 0  # descriptors of all those
-        self._next, self._wrap, self._used_idx, self._used_wrap = unpack_base(base)
-        if self._next >= size or self._used_idx >= size:
-            raise RingError(f"a base of {base:#x} for a ring of {size} entries")
-        self._taken = DESC_F_AVAIL if self._wrap else DESC_F_USED  # how an available descriptor looks
+        self._go_to(base)
         self._since = 0  # descriptors given back since the driver's wish was looked at
         self._fresh = True  # no signal yet: give one for whatever comes first, as what the driver knows is unknown
         self._asking = True
         self.rebind(memory, desc, avail, used)
 
+    def _go_to(self, base: int) -> None:
+        position, self._wrap, used, self._used_wrap = unpack_base(base)
+        if position >= self.size or used >= self.size:
+            raise RingError(f"a base of {base:#x} for a ring of {self.size} entries")
+        self._next, self._used_idx = position, used
+        self._taken = DESC_F_AVAIL if self._wrap else DESC_F_USED  # how an available descriptor looks
+
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
 
-        :raises RingError: parts too small
+        :raises RingError: parts too small or misaligned
         """
         layout = PackedLayout(self.size)
-        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
-            raise RingError("a part of the ring is too small for its size")
+        check_parts(
+            ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 2)),
+        )
         self._memory = memory
         self._desc = desc[: layout.desc_bytes]
         self._flags = self._desc.cast("H")  # those of descriptor n are word 8 n + 7
@@ -153,6 +163,8 @@ class PackedDeviceQueue:
     def pop(self) -> Chain | None:
         if self.stopped or self.broken is not None:
             return None
+        if self.recovered:
+            return self.recovered.popleft()
         position = self._next
         flags = self._flags[(position << 3) + 7]
         if flags & _BOTH != self._taken:
@@ -175,6 +187,8 @@ class PackedDeviceQueue:
             position = 0
             self._turn()
         self._next = position
+        if self.inflight is not None:
+            self.inflight.taken(head, ((addr, length, flags),))
         offset = addr - self._base
         if length and 0 <= offset <= self._span - length:
             end = offset + length
@@ -234,6 +248,8 @@ class PackedDeviceQueue:
         if self._next + count >= size:
             self._turn()
         self._next = position
+        if self.inflight is not None:
+            self.inflight.taken(head, entries)
         if usual and readable_bytes + writable_bytes <= _MAX_TOTAL:
             held[head] = (writable_bytes, count, entries)
             return Chain(head, readable, writable, readable_bytes, writable_bytes)
@@ -340,23 +356,28 @@ class PackedDeviceQueue:
             raise ValueError(f"{written} bytes written where there is room for {room}")
         del self._held[head]
         self._occupied -= count
+        inflight = self.inflight
         position = self._used_idx
+        flags = _BOTH if self._used_wrap else 0
         words = self._flags
         word = position << 3
-        self._lengths[(position << 2) + 2] = written & 0xFFFF_FFFF
-        words[word + 6] = head
-        flags = _BOTH if self._used_wrap else 0
-        if written:
-            flags |= DESC_F_WRITE
-        if self._order is not None:
-            self._order()  # the element, and what was written, are there before the flags say so
-        words[word + 7] = flags
         self._since += count
         position += count
         if position >= self.size:
             position -= self.size
             self._used_wrap ^= 1
         self._used_idx = position
+        self._lengths[(word >> 1) + 2] = written & 0xFFFF_FFFF
+        words[word + 6] = head
+        if inflight is not None:
+            inflight.returning(head, position | self._used_wrap << 15)
+        if written:
+            flags |= DESC_F_WRITE
+        if self._order is not None:
+            self._order()  # the element, and what was written, are there before the flags say so
+        words[word + 7] = flags
+        if inflight is not None:
+            inflight.returned(head)
         if self._log is not None:
             self._log_push(self._log, entries, word << 1)
 
@@ -402,6 +423,8 @@ class PackedDeviceQueue:
     def enable_notifications(self) -> bool:
         if self.stopped or self.broken is not None:
             return False
+        if self.recovered:
+            return True
         self._asking = True
         if self._event_idx:
             self._used[0] = self._next | self._wrap << 15
@@ -449,8 +472,30 @@ class PackedDeviceQueue:
 
     # --- what outlives this host
 
-    def track(self, inflight: SplitInflight) -> None:
-        raise StateError("this queue cannot record what is in flight")
+    def track(self, inflight: Inflight) -> None:
+        if not isinstance(inflight, PackedInflight):
+            raise StateError("a packed queue, and a recorder of split ones")
+        if self._held:
+            if self._kept is None:
+                raise RingError("requests are in flight that were not recorded")
+            requests = inflight.resume(self.size, self._kept)
+            if {r.head: len(r.descriptors) >> 4 for r in requests} != {n: held[1] for n, held in self._held.items()}:
+                raise RingError("an inflight region with other requests than are in flight")
+            self.inflight = inflight
+            return
+        found = inflight.recover(self.size, self.next_base, self._desc)
+        self.inflight = inflight
+        if found is None:
+            return
+        base, requests = found
+        self._go_to(base)
+        for request in requests:
+            count = len(request.descriptors) >> 4
+            entries = [_unpack_entry(request.descriptors, at) for at in range(0, 16 * count, 16)]
+            self._occupied += count
+            chain = self._chain(request.head, [(addr, length, flags) for addr, length, _, flags in entries], count)
+            if chain is not None:
+                self.recovered.append(chain)
 
     def log_to(self, log: RingLog | None) -> None:
         """Log what is written, from now on; None: do not."""
@@ -481,6 +526,8 @@ class PackedDeviceQueue:
             raise StateError("only a stopped queue of the same kind and size can be taken over")
         self._held, paused._held = paused._held, {}
         self._occupied, paused._occupied = paused._occupied, 0
+        self._kept, paused._kept = paused._kept, None
+        self.recovered, paused.recovered = paused.recovered, deque()
 
     @property
     def in_flight(self) -> int:
@@ -493,6 +540,9 @@ class PackedDeviceQueue:
     def stop(self) -> int:
         if not self.stopped:
             self.stopped = True
+            if self.inflight is not None:
+                self._kept = self.inflight.content()
+                self.inflight = None
             empty = memoryview(b"")
             # The ring may be unmapped from now on.
             self._desc = self._flags = self._lengths = self._avail = self._used = self._view = self._readonly = empty

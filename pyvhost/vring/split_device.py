@@ -10,7 +10,8 @@ from pyvhost.dirtylog import RingLog
 from pyvhost.errors import MemoryFault, ProtocolError, RingError, StateError
 from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
-from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
+from pyvhost.vring.parts import check_parts
 from pyvhost.vring.split import (
     DESC,
     DESC_F_INDIRECT,
@@ -36,7 +37,7 @@ class SplitDeviceQueue:
     ``max_descriptors`` bounds one chain, indirect table included. It is more than ``size`` by default, because
     drivers do make indirect tables that are longer than the ring.
 
-    :raises RingError: a size that is no power of two up to 2^15, parts too small
+    :raises RingError: a size that is no power of two up to 2^15, parts too small or misaligned
     """
 
     __slots__ = (
@@ -114,11 +115,12 @@ class SplitDeviceQueue:
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
 
-        :raises RingError: parts too small
+        :raises RingError: parts too small or misaligned
         """
         layout = SplitLayout(self.size)
-        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
-            raise RingError("a part of the ring is too small for its size")
+        check_parts(
+            ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 4)),
+        )
         self._memory = memory
         self._desc = desc[: layout.desc_bytes]
         self._avail = avail[: layout.avail_bytes].cast("H")
@@ -412,7 +414,9 @@ class SplitDeviceQueue:
 
     # --- what outlives this backend, and this host
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
+        if not isinstance(inflight, SplitInflight):
+            raise StateError("a split queue, and a recorder of packed ones")
         used = self._used_idx
         mine = [head for head, room in enumerate(self._held) if room >= 0]
         if mine:

@@ -23,8 +23,9 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, Event, GenCap, RpcWithdrawn, Sink, TeeInfo, TeeKind
+from tee.driver import Begun, Done, Event, GenCap, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
 from tee.memory import Memory
+from tee.params import Param
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
 from tee.soft.entities import Context, Instance, Program, Registration, Session, Visit
@@ -32,7 +33,7 @@ from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
 from tee.soft.outside import Outside
 from tee.soft.params import admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
-from tee.soft.scheduler import Park, Rare, Scheduler, Task, suspend
+from tee.soft.scheduler import Park, Rare, Scheduler, Task, Wait, suspend
 from tee.soft.states import (
     CONTEXT,
     INSTANCE,
@@ -51,7 +52,8 @@ from tee.soft.ta import Environment, Parameters, TaParam, TrustedApplication, pr
 #: How many calls to begin and coroutines to step in one :meth:`SoftTee.run`.
 STEPS_PER_RUN = 64
 
-_OPEN = SessionState.OPEN
+_OPEN, _CONTEXT_OPEN = SessionState.OPEN, ContextState.OPEN
+_WELL: Outcome = (Result.SUCCESS, Origin.TRUSTED_APP)
 
 
 class SoftTee:
@@ -151,6 +153,85 @@ class SoftTee:
             raise ValueError("this call has been started already")
         self._calls[call] = None
         self._inbox.append(call)
+
+    def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
+        """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while anything at all is ready to run."""
+        scheduler = self._scheduler
+        if type(session) is not Session or self._inbox or scheduler.ready or scheduler.free <= 0:
+            return None
+        instance, context = session.instance, session.context
+        if (
+            session.state is not _OPEN
+            or instance.owner is not None
+            or context.state is not _CONTEXT_OPEN
+            or context.tee is not self
+        ):
+            return None
+        try:
+            if not 0 <= func < 1 << 32:
+                return None
+            seen, pairs, leases = admit(params, context) if params else (Parameters(), [], [])
+        except (TeeError, TypeError, AttributeError):
+            return None
+        task = instance.spare
+        if task is None:
+            task = Task(None, context)
+            task.instance = instance
+            task.entered = True
+            task.state = CallState.RUNNING
+        else:
+            instance.spare = None
+            task.context = context
+        task.session = session
+        task.params, task.pairs = seen, pairs
+        scheduler.take_thread(context.vm)
+        instance.owner = task
+        instance.env.enter(task)
+        error: BaseException | None = None
+        coroutine = None
+        try:
+            coroutine = instance.ta.invoke(session.data, func, seen)  # type: ignore[union-attr]
+            wait = coroutine.send(None)
+        except StopIteration:
+            pass
+        except KeyboardInterrupt:
+            raise  # it is for whoever runs the TEE
+        except BaseException as raised:
+            error = raised
+        else:
+            return _Begun(self, task, coroutine, wait, leases)
+        outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
+        scheduler.pass_thread_on(context.vm)
+        if instance.queue or instance.visits or outcome is not _WELL:
+            self._release(task, instance)
+        else:
+            instance.owner = None
+            instance.env.enter(None)
+        if task.rare is None:
+            task.masked = True
+            task.context = task.session = task.params = task.pairs = None
+            instance.spare = task
+        return outcome
+
+    def go_on(
+        self,
+        call: Invoke,
+        task: Task,
+        leases: Sequence[Registration],
+        coroutine: Coroutine[Wait, Any, Any],
+        wait: Any,
+    ) -> None:
+        """``call`` is served by ``task``, which was begun at once and awaits ``wait`` (for :class:`_Begun`)."""
+        if call in self._calls:
+            raise ValueError("this call has been started already")
+        self._calls[call] = task
+        task.call = call
+        task.leases = leases
+        for registration in leases:
+            registration.users += 1
+        task.ended = self._invoked
+        task.context.tasks.add(task)
+        self._scheduler.go_on(task, coroutine, wait)
 
     def cancel(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`. Only OpenSession and Invoke are cancelled; others end soon by
@@ -971,6 +1052,30 @@ class SoftTee:
         if self._inside(task).opened is not session.context:
             raise TeeError(Result.BAD_STATE, Origin.TEE, "another instance's session")
         return task
+
+
+class _Begun:
+    """An invoke that was begun at once and waits: see :class:`~tee.driver.Begun`."""
+
+    __slots__ = ("_coroutine", "_leases", "_task", "_tee", "_wait")
+
+    def __init__(
+        self,
+        tee: SoftTee,
+        task: Task,
+        coroutine: Coroutine[Wait, Any, Any],
+        wait: Any,
+        leases: Sequence[Registration],
+    ) -> None:
+        self._tee = tee
+        self._task = task
+        self._coroutine = coroutine
+        self._wait = wait
+        self._leases = leases
+
+    def becomes(self, call: Invoke) -> None:
+        """See :class:`~tee.driver.Begun`."""
+        self._tee.go_on(call, self._task, self._leases, self._coroutine, self._wait)
 
 
 _MISSING = object()

@@ -55,6 +55,7 @@ class Instance:
     visits: deque[Visit] = field(default_factory=deque)
     queue: deque[Task] = field(default_factory=deque)
     sessions: set[Session] = field(default_factory=set)
+    spare: Task | None = None  #: of an invoke that has ended at once, for the next one
 
 
 @dataclass(slots=True, eq=False)

@@ -64,15 +64,15 @@ class Loader:
             self._outside.abandon(borrowed)
             raise
         except BaseException:
-            await self._outside.give_back(task, borrowed)
+            await self._outside.give_back(borrowed)
             raise
-        await self._outside.give_back(task, borrowed)
+        await self._outside.give_back(borrowed)
         return data
 
     async def _load_ta(self, task: Task, uuid: UUID, reference: MemRef) -> int:
         low, high = (int.from_bytes(half, "little") for half in (uuid.bytes[:8], uuid.bytes[8:]))
         name = Value(Direction.IN, low, high)
-        reply = await self._outside.ask(task, RpcCommand.LOAD_TA, [name, reference])
+        reply = await self._outside.ask(RpcCommand.LOAD_TA, [name, reference])
         answer = reply.params[1] if len(reply.params) == 2 else None
         if not isinstance(answer, MemRef) or answer.direction != Direction.OUT:
             raise nonsense("an answer to LOAD_TA without memory reference")

@@ -59,9 +59,9 @@ class Outside:
         self._new_use = new_use
         self._end_use = end_use
 
-    async def ask(self, task: Task, command: RpcCommand, params: list[Param], timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
+    async def ask(self, command: RpcCommand, params: list[Param], timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
         """The answer to ``command``. Raises TeeError where it is not SUCCESS."""
-        reply: RpcReply = await suspend(CallOut(Rpc(command, params, task.call), timeout=timeout))
+        reply: RpcReply = await suspend(CallOut(Rpc(command, params), timeout=timeout))
         if reply.code != Result.SUCCESS:
             code = reply.code if reply.code in _PASSED_ON else Result.GENERIC
             raise TeeError(code, Origin.TEE, f"{command.name} failed")
@@ -70,7 +70,7 @@ class Outside:
     async def borrow(self, task: Task, size: int, timeout: float | None = None) -> Borrowed:  # noqa: ASYNC109
         """SHM_ALLOC. Raises TeeError; COMMUNICATION for memory that cannot be used, which is given back first."""
         request = Value(Direction.IN, ShmType.APPLICATION, size, 8)
-        reply = await self.ask(task, RpcCommand.SHM_ALLOC, [request], timeout)
+        reply = await self.ask(RpcCommand.SHM_ALLOC, [request], timeout)
         reference, registration = _memory_of(reply, task.context)
         borrowed = Borrowed(registration, reference, reference.offset, size)
         self._new_use(registration)
@@ -81,11 +81,11 @@ class Outside:
             if memory.read_only or not memory.segments:
                 raise nonsense("memory that cannot be used")
         except TeeError:
-            await self.give_back(task, borrowed)
+            await self.give_back(borrowed)
             raise
         return borrowed
 
-    async def give_back(self, task: Task, borrowed: Borrowed) -> None:
+    async def give_back(self, borrowed: Borrowed) -> None:
         """SHM_FREE. What the supplicant answers does not matter; no cancel keeps it from being sent."""
         self.abandon(borrowed)
         reference = borrowed.reference
@@ -93,7 +93,7 @@ class Outside:
             Value(Direction.IN, ShmType.APPLICATION),
             MemRef(Direction.INOUT, reference.memory, reference.offset, reference.size),
         ]
-        rpc = Rpc(RpcCommand.SHM_FREE, params, task.call)
+        rpc = Rpc(RpcCommand.SHM_FREE, params)
         try:
             await suspend(CallOut(rpc, shielded=True, timeout=FREE_TIMEOUT))
         except TeeError:

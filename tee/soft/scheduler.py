@@ -252,13 +252,14 @@ class Scheduler:
             if self.free <= 0 and self._held.get(task.context.vm):
                 self._waiting.append(task)
                 return
-            self._take_thread(task)
+            task.threaded = True
+            self.take_thread(task.context.vm)
         self._fire(task, _ADMIT)
 
-    def _take_thread(self, task: Task) -> None:
+    def take_thread(self, machine: str) -> None:
+        """A task of ``machine`` has a thread from here on."""
         self.free -= 1
-        task.threaded = True
-        self._held[task.context.vm] = self._held.get(task.context.vm, 0) + 1
+        self._held[machine] = self._held.get(machine, 0) + 1
 
     def withdraw(self, task: Task) -> None:
         """Take back a task that was submitted and waits for a thread; it can be submitted again."""
@@ -271,6 +272,13 @@ class Scheduler:
     def step(self) -> None:
         """Run the task whose turn it is, until it waits or ends. There must be one in ``ready``."""
         self._fire(self.ready.popleft(), _RESUME)
+
+    def go_on(self, task: Task, coroutine: Coroutine[Wait, Any, Any], wait: Any) -> None:
+        """Take over ``task``, which ran outside until its coroutine awaited ``wait``, and has one of the threads."""
+        task.state = CallState.RUNNING
+        task.threaded = True
+        task.coroutine = coroutine
+        self._wait_for(task, wait)
 
     def cancel(self, task: Task) -> None:
         """The client asks ``task`` to end."""
@@ -357,6 +365,7 @@ class Scheduler:
         self._set_timer(task, wait.seconds)
 
     def _announce(self, task: Task, wait: CallOut) -> None:
+        wait.rpc.call = task.call
         self.rpcs[wait.rpc] = task
         if wait.timeout is not None:
             self._set_timer(task, wait.timeout)
@@ -409,6 +418,10 @@ class Scheduler:
         except BaseException as error:
             self._fire(task, _RETURN, (None, error))
             return
+        self._wait_for(task, wait)
+
+    def _wait_for(self, task: Task, wait: Any) -> None:
+        """The coroutine of ``task``, which was running, awaits ``wait``: whatever a TA may give."""
         if not isinstance(wait, _WAITS):
             self._kill(task, f"awaits {type(wait).__name__}, which is nothing of its environment")
         elif task.forced and task.refusals > MAX_REFUSALS:
@@ -436,11 +449,12 @@ class Scheduler:
     def _end(self, task: Task, outcome: tuple[Any, BaseException | None]) -> None:
         if task.threaded:
             task.threaded = False
-            self._pass_thread_on(task.context.vm)
+            self.pass_thread_on(task.context.vm)
         task.coroutine = None
         task.ended(task, *outcome)
 
-    def _pass_thread_on(self, machine: str) -> None:
+    def pass_thread_on(self, machine: str) -> None:
+        """A task of ``machine`` has a thread no more: the next that waits has it."""
         self.free += 1
         self._held[machine] -= 1
         if not self._held[machine]:
@@ -449,7 +463,8 @@ class Scheduler:
         if task is None and self.free > 0:
             task = self._waiting.pop_any()
         if task is not None:
-            self._take_thread(task)
+            task.threaded = True
+            self.take_thread(task.context.vm)
             self._fire(task, _ADMIT)
 
     def rearm(self, task: Task) -> None:

@@ -621,7 +621,7 @@ class _Files:
                 break
         if self._memory is not None:
             memory, self._memory = self._memory, None
-            await self._outside.give_back(self._task, memory)
+            await self._outside.give_back(memory)
 
     def abandon(self) -> None:
         """The same, without telling the supplicant."""
@@ -702,7 +702,7 @@ class _Files:
 
     async def _ask(self, command: FsCommand, b: int, c: int = 0, *more: Param, shielded: bool = False) -> RpcReply:
         params = [Value(Direction.IN, command, b, c), *more]
-        rpc = Rpc(RpcCommand.FS, list(params), self._task.call)
+        rpc = Rpc(RpcCommand.FS, list(params))
         try:
             timeout = FREE_TIMEOUT if shielded else FS_TIMEOUT
             reply: RpcReply = await suspend(CallOut(rpc, shielded=shielded, timeout=timeout))

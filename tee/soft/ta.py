@@ -333,8 +333,8 @@ class Environment:
         :param timeout: seconds after which the RPC is withdrawn and COMMUNICATION raised
         :raises TeeError: CANCEL as :meth:`checkpoint` does; the RPC is then withdrawn
         """
-        task = self.current()
-        return await suspend(CallOut(Rpc(command, params, task.call), timeout=timeout))  # type: ignore[no-any-return]
+        self.current()
+        return await suspend(CallOut(Rpc(command, params), timeout=timeout))  # type: ignore[no-any-return]
 
     async def open_session(self, uuid: UUID, params: Sequence[TaParam] = ()) -> TaSession:
         """A session with another TA, which sees this one as its client: login TRUSTED_APP with this TA's UUID.

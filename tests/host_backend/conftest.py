@@ -1,12 +1,13 @@
-"""What the tests of the backend share."""
+"""What the tests of the backend share. Each runs twice: on a TEE that begins invokes at once, and one that cannot."""
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Iterator
 
 import pytest
 
-from tests.host_backend.bench import Bench, Guest
+from tests.host_backend.bench import Bench, Guest, StartedOnly
 
 
 @pytest.fixture
@@ -21,3 +22,14 @@ def bench() -> Iterator[Bench]:
 @pytest.fixture
 def guest(bench: Bench) -> Guest:
     return bench.guest()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.cls is None or not issubclass(metafunc.cls, unittest.TestCase):
+        metafunc.parametrize("at_once", [True, False], ids=["at-once", "started"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not getattr(request, "param", True):
+        monkeypatch.setattr(Bench, "tee_type", StartedOnly)

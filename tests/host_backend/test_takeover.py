@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from device.config import Limits
@@ -21,6 +23,9 @@ from tee.rpc import Rpc, RpcReply
 from tests.pyvhost.fakes import GUEST, F, Vmm
 
 RESPONSE, EVENTS = 0x9000, 0xA000
+
+
+EPOCHS = itertools.count(1000)  # no two backends have the same
 
 
 class StuckTee:
@@ -66,11 +71,12 @@ class StuckTee:
 class Guest:
     """A driver whose memory outlives backends."""
 
-    def __init__(self, *, tracked: bool, channel: bool = True, queues: int = 1) -> None:
+    def __init__(self, *, tracked: bool, packed: bool = False, channel: bool = True, queues: int = 1) -> None:
         self.tracked = tracked
+        self.packed = packed
         self.channel = channel
         self.queues = range(Queue.REQUEST + queues)
-        self.region = bytearray(len(self.queues) * region_size(8))
+        self.region = bytearray(len(self.queues) * region_size(8, packed=packed))
         self.tags = 0
         self.attach()
         vmm = self.vmm
@@ -84,16 +90,17 @@ class Guest:
 
     def attach(self) -> None:
         self.tee = StuckTee()
-        numbers = iter(range(1000 + id(self.tee) % 1000, 1 << 40))
         self.device = TeeDevice(
             Router(self.tee, lambda: 0.0),
             vm="one",
             limits=Limits(),
             request_queues=len(self.queues) - Queue.REQUEST,
             clock=lambda: 0.0,
-            new_epoch=lambda: next(numbers),
+            new_epoch=lambda: next(EPOCHS),
         )
         self.vmm = Vmm(self.device)
+        if self.packed:
+            self.vmm.features |= Feature.RING_PACKED
         self.vmm.negotiate()
         self.vmm.tell(F.SET_FEATURES, U64.pack(self.vmm.features))
         if self.channel:
@@ -158,7 +165,8 @@ class Guest:
         vmm.tell(F.SET_MEM_TABLE, vmm.table(fd), fd)
         for index in self.queues:
             used = drivers[index].used_addr - GUEST
-            vmm.ring(index, int.from_bytes(ram[used + 2 : used + 4], "little"), fresh=False)
+            base = None if self.packed else int.from_bytes(ram[used + 2 : used + 4], "little")
+            vmm.ring(index, base, fresh=False)
         self.enable()
 
 
@@ -174,9 +182,9 @@ def complete_one(guest: Guest) -> None:
 
 
 @pytest.mark.requirement("DEV-EPO-2", "DEV-EPO-5", "DEV-VHU-8")
-@pytest.mark.parametrize("tracked", [True, False])
-def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
-    guest = Guest(tracked=tracked)
+@pytest.mark.parametrize(("tracked", "packed"), [(True, False), (False, False), (True, True)])
+def test_what_was_taken_is_answered_and_not_run(tracked: bool, packed: bool) -> None:
+    guest = Guest(tracked=tracked, packed=packed)
     assert guest.events() == []
     complete_one(guest)
     epoch = guest.device.epoch.number
@@ -241,9 +249,10 @@ def test_without_a_channel_the_epoch_changes_nevertheless() -> None:
 
 
 @pytest.mark.requirement("DEV-EPO-5")
-def test_with_a_region_nothing_else_is_abandoned() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_a_region_nothing_else_is_abandoned(packed: bool) -> None:
     """Not even before anything was completed, where the ring's base says nothing; and what came after is new."""
-    guest = Guest(tracked=True)
+    guest = Guest(tracked=True, packed=packed)
     epoch = guest.device.epoch.number
     guest.request(epoch)
     assert len(guest.tee.calls) == 1

@@ -20,10 +20,11 @@ READY_S = 20
 
 
 class Backend:
-    """A `virtio-tee serve` process with a vendor's key of its own."""
+    """A `virtio-tee serve` process with a vendor's key of its own; ``options`` are more of its command line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self.options = options
         self.socket = folder / "tee.sock"
         self.trace_file = folder / "trace.json"
         self.vendor = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
@@ -35,7 +36,7 @@ class Backend:
             [
                 *(sys.executable, "-m", "virtio_tee", "serve", "--vm", "lab"),
                 *("--socket-path", str(self.socket), "--trace", str(self.trace_file)),
-                *("--ta-key", str(self.folder / "vendor.pem")),
+                *("--ta-key", str(self.folder / "vendor.pem"), *self.options),
             ],
             stderr=subprocess.PIPE,
             text=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -43,6 +45,71 @@ def test_the_main_job(guest: Guest, backend: Backend) -> None:
     loads = backend.ended("LOAD_TA")[before:]
     assert len(loads) == 6  # twice for each of three TAs
     assert {e["args"]["answered_by"] for e in loads} == {"guest"}
+
+
+CONTRACT = {"result", "path", "tee", "requests", "ta_loaded_over_rpc", "rpcs", "steps", "elapsed_s"}
+
+
+@pytest.mark.feature("Commands: `virtio-tee demo --device`, the main job on a guest's real device")
+def test_the_demo_on_the_device(guest: Guest, backend: Backend) -> None:
+    """What the guest's driver counts is what the backend has seen."""
+    requests, rpcs = (len(of_lane(backend, lane)) for lane in ("requests", "RPCs"))
+    seen = json.loads(guest.run(["virtio-tee", "demo", "--device", "--json"], timeout=120).stdout)
+    assert set(seen) == CONTRACT
+    assert (seen["result"], seen["path"], seen["tee"], seen["ta_loaded_over_rpc"]) == ("ok", "virtio", "soft", True)
+    assert len(seen["steps"]) >= 9
+    assert all(step["ok"] for step in seen["steps"])
+    commands = [rpc["command"] for rpc in seen["rpcs"]]
+    assert commands.count("LOAD_TA") == 6
+    assert {(rpc["answered_by"], rpc["result"]) for rpc in seen["rpcs"]} == {("guest", "SUCCESS")}
+    assert seen["requests"] == len(of_lane(backend, "requests")) - requests
+    assert sorted(commands) == sorted(event["name"] for event in of_lane(backend, "RPCs")[rpcs:])
+
+
+def test_the_demo_on_the_device_without_a_ta(guest: Guest, backend: Backend) -> None:
+    random = f"{TA_FOLDER}/{UUIDS['random']}.ta"
+    guest.run(["rm", random])
+    try:
+        address = guest.run(["sh", "-c", "cd /sys/bus/pci/drivers/uio_pci_generic && ls -d 0*"]).stdout.strip()
+        failed = guest.run(["virtio-tee", "demo", "--device", address, "--json"], timeout=120, check=False)
+        assert failed.returncode == 1
+        seen = json.loads(failed.stdout)
+        assert set(seen) == CONTRACT | {"why"}
+        assert "random" in seen["why"]
+        assert "ITEM_NOT_FOUND" in seen["why"]
+    finally:
+        guest.put(random, backend.package("random"))
+
+
+def test_the_demo_of_two_processes_in_a_guest(guest: Guest) -> None:
+    seen = json.loads(guest.run(["virtio-tee", "demo", "--json"], timeout=120).stdout)
+    assert set(seen) == CONTRACT
+    assert seen["result"] == "ok"
+    assert seen["ta_loaded_over_rpc"] is True
+
+
+def test_the_guide_with_its_commands() -> None:
+    """docs/qemu.md: TAs of a folder go into the guest as it boots."""
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
+        tas, backend = Path(folder) / "tas", Backend(Path(folder))
+        tas.mkdir()
+        backend.start()
+        boot = [sys.executable, "-m", "lab.qemu", "boot", "--socket", str(backend.socket), "--ta-folder", str(tas)]
+        none = subprocess.run(boot, capture_output=True, text=True, timeout=60, check=False)
+        assert none.returncode == 1
+        assert "no .ta file" in none.stderr
+        for name in ("hello_world", "random", "probe"):
+            (tas / f"{UUIDS[name]}.ta").write_bytes(backend.package(name))
+        command = [*boot, "--", "virtio-tee", "demo", "--device", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["ta_loaded_over_rpc"] is True
+        assert backend.stop() == 0
+
+
+def of_lane(backend: Backend, lane: str) -> list[dict[str, object]]:
+    """What has ended, of one lane of the backend's trace."""
+    return [event for event in backend.trace() if event.get("cat") == lane and event["ph"] == "e"]
 
 
 @pytest.mark.feature("TEE calls: values, temporary and registered memory up to 16 MiB")

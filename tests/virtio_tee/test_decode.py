@@ -522,3 +522,12 @@ def test_list_explains_every_kind() -> None:
     done = CliRunner().invoke(command, ["--list"])
     assert done.exit_code == 0
     assert [line.split()[0] for line in done.output.splitlines()] == list(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_file_is_an_error(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for arguments in ([str(tmp_path / "empty")], ["--hex", ""], ["--hex", "# nothing", "--json"]):
+        shown = CliRunner().invoke(command, [kind, *arguments])
+        assert shown.exit_code == 1
+        assert "no bytes to decode" in shown.stdout or "cut short: 0 of" in shown.stdout

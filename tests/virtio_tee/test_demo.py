@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tee.soft.examples import UUIDS
+from virtio_tee.__main__ import main
 
 
 def demo(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -54,6 +56,42 @@ def test_a_ta_removed_by_hand(tmp_path: Path) -> None:
     assert code == 1
     assert seen["ta_loaded_over_rpc"] is False
     assert "hello_world" in seen["why"]
+
+
+@pytest.mark.parametrize("lost", ["vendor.key", "vendor.pem"])
+def test_a_folder_that_lacks_a_key(tmp_path: Path, lost: str) -> None:
+    """Nothing is made over what is left there."""
+    assert demo("--folder", str(tmp_path))[0] == 0
+    (tmp_path / lost).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = CliRunner().invoke(main, ["demo", "--folder", str(tmp_path), "--json"])
+    assert refused.exit_code == 2
+    assert f"no {lost}" in refused.stderr
+    assert "an empty folder" in refused.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_lacks_tas(tmp_path: Path) -> None:
+    assert demo("--folder", str(tmp_path))[0] == 0
+    assert demo("--folder", str(tmp_path), "--without-ta", "probe")[0] == 1
+    code, seen = demo("--folder", str(tmp_path))
+    assert code == 1
+    assert "lacks probe: put back" in seen["why"]
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    for arguments in (["--device", "--folder", str(tmp_path)], ["--ta-folder", str(tmp_path)]):
+        refused = CliRunner().invoke(main, ["demo", *arguments])
+        assert refused.exit_code == 2
+        assert "--device" in refused.stderr
+
+
+def test_a_machine_without_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guest_driver.virtio_pci.PCI_DEVICES", tmp_path)
+    for device in ("--device", "--device=0000:00:03.0"):
+        refused = CliRunner().invoke(main, ["demo", "--ta-folder", str(tmp_path), device])
+        assert refused.exit_code == 1
+        assert "no TEE device" in refused.stderr
 
 
 def test_a_ta_of_another_vendor(tmp_path: Path) -> None:

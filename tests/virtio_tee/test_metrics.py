@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -43,10 +44,11 @@ def told(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
 
 def something_happens(recorder: Recorder) -> None:
     recorder.mark("a", "connected")
-    recorder.request("a", INVOKE, 1)
-    recorder.request("a", INVOKE, 2)
+    recorder.request("a", INVOKE, 1, time.monotonic_ns())
+    recorder.request("a", INVOKE, 2, time.monotonic_ns())
     recorder.response("a", INVOKE, 1, Status.OK, Result.SUCCESS)
     recorder.response("a", INVOKE, 2, Status.OK, 0x1234)
+    recorder.served("a", INVOKE, 3, time.monotonic_ns(), Result.SUCCESS)
     recorder.answered("a", INVOKE, Status.NO_SESSION)
     recorder.answered("a", 0xDEAD, Status.UNSUPPORTED)
     one, two = object(), object()
@@ -69,12 +71,12 @@ class TestMetrics:
         something_happens(metrics)
         seen = told(metrics)
         assert seen["virtio_tee_requests_total"] == {
-            ("a", "INVOKE", "OK"): 2,
+            ("a", "INVOKE", "OK"): 3,
             ("a", "INVOKE", "NO_SESSION"): 1,
             ("a", "UNKNOWN", "UNSUPPORTED"): 1,
         }
-        assert seen["virtio_tee_results_total"] == {("a", "INVOKE", "SUCCESS"): 1, ("a", "INVOKE", "UNKNOWN"): 1}
-        assert seen["virtio_tee_request_seconds_count"] == {("a", "INVOKE"): 2}
+        assert seen["virtio_tee_results_total"] == {("a", "INVOKE", "SUCCESS"): 2, ("a", "INVOKE", "UNKNOWN"): 1}
+        assert seen["virtio_tee_request_seconds_count"] == {("a", "INVOKE"): 3}
         assert seen["virtio_tee_rpcs_total"] == {
             ("a", "LOAD_TA", "guest", "SUCCESS"): 1,
             ("a", "FS", "nobody", "COMMUNICATION"): 1,
@@ -87,7 +89,7 @@ class TestMetrics:
     def test_requests_that_nobody_is_told_of_are_forgotten(self) -> None:
         metrics = Metrics()
         for tag in range(100):
-            metrics.request("a", INVOKE, tag)
+            metrics.request("a", INVOKE, tag, time.monotonic_ns())
         metrics.mark("a", "epoch ended", because="reset")
         assert metrics._started == {}
 

@@ -104,6 +104,27 @@ def test_secure_storage_in_a_guests_folder(tmp_path: Path) -> None:
         assert "ITEM_NOT_FOUND" in invoke("0", "mem-in:name", "mem-out:100").stderr
 
 
+def test_what_comes_back_is_readable(tmp_path: Path) -> None:
+    tee, tas = tmp_path / "tee.sock", demo._prepare(tmp_path)
+
+    def invoke(name: str, *arguments: str) -> Result:
+        options = ["--socket", str(tee), "--ta-folder", str(tas)]
+        return CliRunner().invoke(main, ["guest", "invoke", str(UUIDS[name]), *arguments, *options])
+
+    with serving(["-s", str(tee), "--ta-key", str(tmp_path / "vendor.pem")]):
+        assert invoke("hello_world", "0", "inout:41,0x10").stdout == "param 0: value a=42 b=16 c=0\n"
+        assert invoke("probe", "0").stdout == "done; there were no parameters\n"
+        assert invoke("probe", "2", "mem-inout:Tee", "in:0x20").stdout == (
+            "param 0: memory, 3 bytes: 744545 ('tEE')\nparam 1: nothing comes back\n"
+        )
+        assert invoke("probe", "5", "mem-out:9", "in:0").stdout.startswith("param 0: memory, 0 bytes\n")
+        assert invoke("probe", "2", "mem-inout:A", "in:0xff").stdout.startswith("param 0: memory, 1 bytes: be\n")
+        assert invoke("probe", "0", *["none"] * 24).exit_code == 0
+        refused = invoke("probe", "0", *["none"] * 25)
+        assert refused.exit_code == 2
+        assert "25 parameters; this device takes 24 at most" in refused.stderr
+
+
 def test_an_address_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -127,6 +127,6 @@ def test_requests_that_are_refused() -> None:
     stage = Stage()
     slot: Any = SimpleNamespace(respond=lambda *parts: True)
     for data in (b"", b"\1", (0xDEAD).to_bytes(4, "little") + bytes(60)):
-        stage.epoch.submit(slot, data, 64, Queue.REQUEST)
+        assert stage.epoch.submit(data, 64, Queue.REQUEST, slot, lambda slot: slot) is not None
     assert [kind for kind, _ in stage.told.requests] == [0, 1, 0xDEAD]
     assert all(status != Status.OK for _, status in stage.told.requests)

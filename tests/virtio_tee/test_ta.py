@@ -92,3 +92,12 @@ class TestMistakes:
         refused = run("sign", str(signed.parent / "ta.py"), "--uuid", UUID, "--key", str(public))
         assert refused.exit_code == 2
         assert "private" in refused.stderr
+
+    def test_a_private_key_where_a_public_one_belongs(self, signed: Path, key: Path) -> None:
+        refused = run("show", str(signed), "--key", str(key))
+        assert refused.exit_code == 2
+        assert f"{key} is a private key" in refused.stderr
+        assert str(key.with_suffix(".pem")) in refused.stderr
+        served = CliRunner().invoke(main, ["serve", "-s", str(key.parent / "no" / "s"), "--ta-key", str(key)])
+        assert served.exit_code == 2
+        assert f"{key} is a private key" in served.stderr

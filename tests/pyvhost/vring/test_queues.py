@@ -659,3 +659,20 @@ def test_a_full_queue_says_so(kind: Kind) -> None:
     assert pair.driver.free_slots == 0
     with pytest.raises(QueueFull):
         pair.driver.add([(pair.data, 1)], [], 2)
+
+
+@each_kind
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_misaligned_parts(kind: Kind, part: int) -> None:
+    """By an odd number of bytes: a word of the ring could not be written by one access."""
+    pair = kind.pair(8)
+    spare = memoryview(bytearray(len(pair.parts[part]) + 1))
+    parts = list(pair.parts)
+    parts[part] = spare[1:]
+    base = kind.base(8, 0)
+    with pytest.raises(RingError, match="a part of the ring is misaligned"):
+        kind.factory(8, pair.memory, *parts, fences=Fences.none(), base=base)
+    with pytest.raises(RingError, match="a part of the ring is misaligned"):
+        pair.device.rebind(pair.memory, *parts)
+    pair.driver.add([(pair.data, 1)], [], "it goes on where it was")
+    assert pair.device.pop() is not None

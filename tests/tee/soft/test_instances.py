@@ -333,6 +333,7 @@ class TestCancel:
         assert bench.finish(call).code == Result.SUCCESS
         assert seen == [False, True, True, True, False, True]
 
+    @pytest.mark.started
     def test_before_it_began(self, bench: Bench) -> None:
         context = bench.context()
         session = bench.session(context)
@@ -498,6 +499,7 @@ class TestThreads:
         assert all(event.code == Result.SUCCESS for event in bench.events if isinstance(event, Done))
         assert len(bench.events) == len(calls) + 2
 
+    @pytest.mark.started
     def test_run_is_bounded(self, bench: Bench) -> None:
         session = bench.session(bench.context())
         bench.events.clear()

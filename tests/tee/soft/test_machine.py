@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
 
     def start(self, call: Call) -> Call:
         self.started.append(call)
-        self.bench.tee.start(call)
+        self.bench.start(call)
         return call
 
     @rule(target=contexts, vm=st.sampled_from(["", "b"]))
@@ -168,8 +168,15 @@ class Machine(RuleBasedStateMachine):
         done = self.bench.ended(call)
         return done.value if done is not None and isinstance(call, OpenSession) and done.value else multiple()
 
-    @rule(target=calls, session=sessions, memory=st.none() | memories, command=st.integers(0, 7) | st.integers(0, 47))
-    def invoke(self, session: object, memory: Memory | None, command: int) -> Call:
+    @rule(
+        target=calls,
+        session=sessions,
+        memory=st.none() | memories,
+        command=st.integers(0, 7) | st.integers(0, 47),
+        at_once=st.booleans(),
+    )
+    def invoke(self, session: object, memory: Memory | None, command: int, at_once: bool) -> Call:
+        self.bench.at_once = at_once
         size = 8 if memory is not None else 0
         params: Any = [MemRef(Direction.INOUT, memory, 0, size)]
         return self.start(Invoke(session=session, func=command, params=params))
