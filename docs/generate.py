@@ -344,6 +344,37 @@ def _proof(nodes: list[str], prefix: str, most: int = 3) -> str:
     return ", ".join(links) or "—"
 
 
+OF_FEATURES = {
+    "NOT": wire.Feature.NOTIFICATION,
+    "FFA": wire.Feature.FFA_HANDLE,
+    "OCA": wire.Feature.OCALL,
+    "SVC": wire.Feature.SERVICES,
+    "ATT": wire.Feature.ATTESTATION,
+    "ENC": wire.Feature.ENCLAVES,
+    "DEV-EVT-3": wire.Feature.NOTIFICATION,
+}
+"""Group of requirements, or one of them → the feature that they belong to (see "Conformance" in the specification)."""
+
+REASONS = {
+    "DRV-SES-1": "This driver is a part of its client's own process, which is root in the guest: there is no client "
+    "whose identity it could compute or doubt. It binds a driver in the guest's kernel.",
+}
+"""Why there is no test of a requirement that belongs to no missing feature."""
+
+
+def reason(ident: str) -> str:
+    """Why no test shows a requirement: "" if there is no good reason for that."""
+    from guest_driver.core import DRIVER_FEATURES
+    from host_backend.epoch import IMPLEMENTED_FEATURES
+
+    side, group, _ = ident.split("-")
+    feature = OF_FEATURES.get(ident) or OF_FEATURES.get(group, wire.Feature(0))
+    if feature & ~(IMPLEMENTED_FEATURES if side == "DEV" else DRIVER_FEATURES):
+        does = "device does not offer" if side == "DEV" else "driver does not accept"
+        return f"This {does} {feature.name}."
+    return REASONS.get(ident, "")
+
+
 def features(prefix: str) -> str:
     """What works, and the tests that prove it: there is no row without a test."""
     groups: dict[str, dict[str, list[str]]] = {}
@@ -359,23 +390,36 @@ def features(prefix: str) -> str:
     return table(["feature", "what proves it"], rows or [["nothing yet", "—"]])
 
 
-def requirements(prefix: str) -> str:
-    """Every requirement with the tests that show it."""
+def shown_requirements() -> dict[str, list[str]]:
+    """The tests that are marked with a requirement, by its id."""
     shown: dict[str, list[str]] = {}
     for test in marked_tests(ROOT):
         if test.marker == "requirement":
             for ident in test.arguments:
                 shown.setdefault(ident, []).append(test.node)
+    return shown
+
+
+def requirements(prefix: str) -> str:
+    """Every requirement with the tests that show it, or the reason why there is none."""
+    shown = shown_requirements()
     known = requirement_list((ROOT / SPECIFICATION).read_text(encoding="utf-8"))
     unknown = sorted(set(shown) - {r.id for r in known})
     if unknown:
         raise DocsError(f"tests are marked with requirements that the specification has not: {', '.join(unknown)}")
+    bare = [r.id for r in known if r.id not in shown and not reason(r.id)]
+    if bare:
+        raise DocsError(f"no test is marked with these requirements, and there is no reason why: {', '.join(bare)}")
     rows = [
-        [f"[{r.id}](specification.md#{anchor(r.heading)})", _first_words(r.text), _proof(shown.get(r.id, []), prefix)]
+        [
+            f"[{r.id}](specification.md#{anchor(r.heading)})",
+            _first_words(r.text),
+            _proof(shown[r.id], prefix) if r.id in shown else f"*{reason(r.id)}*",
+        ]
         for r in known
     ]
     tested = sum(r.id in shown for r in known)
-    counts = f"{len(known)} requirements, {tested} of them with a test.\n\n"
+    counts = f"{len(known)} requirements: {tested} with a test, {len(known) - tested} with a reason why not.\n\n"
     return counts + table(["requirement", "begins", "shown by"], rows)
 
 

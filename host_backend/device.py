@@ -10,7 +10,7 @@ from device.config import Config, Limits
 from device.machines import LIFE, LifeAction, LifeEvent, LifeState
 from device.messages import CONFIG, EVENT_HEADER
 from device.requests import RESPONSE_HEADER_SIZE, refusal
-from device.wire import Event, Feature, Queue, ResponseFlag, Status
+from device.wire import Event, Feature, Queue, ResponseFlag, Status, only_usable
 from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
 from host_backend.router import Router
 from host_backend.slots import Leased
@@ -96,7 +96,7 @@ class TeeDevice(Device):
             self.router.tee,
             self,
             vm=self.vm,
-            features=Feature(self.acked_features) & IMPLEMENTED_FEATURES,
+            features=Feature(only_usable(self.acked_features)) & IMPLEMENTED_FEATURES,
             limits=self.limits,
             clock=self._clock,
             on_drained=self._on_drained,
@@ -148,7 +148,7 @@ class TeeDevice(Device):
             self._trace.mark(self.vm, "connected")
 
     def negotiated(self, features: int) -> None:
-        self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
+        self.epoch.features = Feature(only_usable(features)) & IMPLEMENTED_FEATURES
 
     def memory_changed(self, memory: GuestMemory) -> None:
         self.memory_version += 1
@@ -157,7 +157,7 @@ class TeeDevice(Device):
         self._running.add(index)
         if self._running.issuperset(_RPC_RINGS):
             self.epoch.rpcs.resume()
-        if not resumed and self._is_under_way(queue):
+        if not resumed and (self._taken_over or self._is_under_way(queue)):
             self._take_over(index)
         self._live(LifeEvent.RESUME if resumed else LifeEvent.START)
         if resumed:
@@ -175,6 +175,8 @@ class TeeDevice(Device):
         if not self._taken_over:
             log.info("vm %s: its driver runs on, with its state lost: epoch %#x", self.vm, self.epoch.number)
             self._taken_over = self._announce = True
+            # a ring of which nothing was returned yet looks like a new one, until another one tells
+            self._lost |= self._running - {Queue.EVENT}
             self.link.config_changed()
 
     def _abandon(self, index: int, queue: DeviceQueue) -> None:

@@ -216,7 +216,6 @@ class Epoch:
         context = self._context(request)
         self._admit(request)
         context.closing = True
-        self._give_up_unregisters(context)
         self.rpcs.hurry(context=context)
         pending = Pending(self, slot, request, context, Epoch._context_closed)
         self._start(pending, CloseContext(owner=pending, context=context.handle))
@@ -404,21 +403,24 @@ class Epoch:
 
     def _unregister_if_unused(self, region: RegionEntry) -> None:
         pending = region.unregister
-        if pending is not None and region.users == 0 and not pending.regions:
-            pending.regions.append(region)
-            assert pending.call is not None
-            region.users += 1
-            pending.at_tee = True
-            self.tee.start(pending.call)
+        if pending is None or region.users or pending.regions:
+            return
+        if region.context.closing:
+            self._give_up_unregister(region)
+            return
+        pending.regions.append(region)
+        assert pending.call is not None
+        region.users += 1
+        pending.at_tee = True
+        self.tee.start(pending.call)
 
-    def _give_up_unregisters(self, context: ContextEntry | None = None) -> None:
-        """The context (all of them) closes: what waits to unregister its memory has nothing left to do."""
-        for region in self.regions:
-            pending = region.unregister
-            if pending is not None and context in (None, region.context) and not pending.regions:
-                region.unregister = None
-                assert pending.call is not None
-                self._return(pending, Done(pending.call, Result.CANCEL, Origin.COMMS), ())
+    def _give_up_unregister(self, region: RegionEntry) -> None:
+        """The context closes: what waits to unregister its memory has nothing left to do."""
+        pending = region.unregister
+        if pending is not None and not pending.regions:
+            region.unregister = None
+            assert pending.call is not None
+            self._return(pending, Done(pending.call, Result.CANCEL, Origin.COMMS), ())
 
     def _unregistered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         (region,) = pending.regions
@@ -652,7 +654,8 @@ class Epoch:
                 self.trace.response(
                     self.vm, pending.request.type, pending.request.tag, Status.ABANDONED, Result.COMMUNICATION
                 )
-        self._give_up_unregisters()
+        for region in self.regions:
+            self._give_up_unregister(region)
         for context in self.contexts:
             if context.handle is not None and not context.closing:
                 self._close_for_good(context)

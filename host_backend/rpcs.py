@@ -104,6 +104,9 @@ class GuestRpcs:
         if len(rpc.params) > epoch.limits.max_params:
             self._refuse(rpc, "more parameters than the driver takes", code)
             return
+        if any(param.meta for param in rpc.params):
+            self._refuse(rpc, "a META parameter, which only an OCALL has", Result.NOT_SUPPORTED)
+            return
         patience = 0.0 if _closes(pending) else epoch.limits.rpc_deadline_ms / 1000
         now = self._now()
         entry = RpcEntry(rpc, pending, now + patience, now + self._missed + patience + MAX_PAUSE)

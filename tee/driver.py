@@ -77,8 +77,8 @@ class RpcWithdrawn:
 class Notification:
     """The TEE tells a machine that something has happened; nobody answers. ``value`` has 32 bits.
 
-    ``owner`` is that of the call in which it was raised, or of the OpenContext under which that runs. None: the TEE does
-    not say for whom it is.
+    ``owner`` is that of the call in which it was raised, or of the OpenContext under which that runs. None: the TEE
+    does not say for whom it is.
     """
 
     value: int

@@ -68,7 +68,8 @@ class SoftTee:
     :param keys: public keys (PEM, or objects of ``cryptography``) of those who may sign TAs; none: no TA is loaded by
         RPC
     :param built_in: TAs that are there without being loaded
-    :param threads: how many calls can be inside TAs at once; others wait their turn
+    :param threads: how many calls can be inside TAs at once; others wait their turn, machine by machine. A machine
+        that has none inside gets a thread of its own, so that none can keep another one out
     :param max_ta_size: the largest TA package, in bytes
     :param limits: how much of everything there is
     :param longest_call: seconds that a call may take from the first time that it waits; then what it waits for is
@@ -170,7 +171,7 @@ class SoftTee:
     def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
         """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while anything at all is ready to run."""
         scheduler = self._scheduler
-        if type(session) is not Session or self._inbox or scheduler.ready or not scheduler.free:
+        if type(session) is not Session or self._inbox or scheduler.ready or scheduler.free <= 0:
             return None
         instance, context = session.instance, session.context
         if (
@@ -196,7 +197,7 @@ class SoftTee:
             task.context = context
         task.instance, task.session = instance, session
         task.params, task.pairs = seen, pairs
-        scheduler.free -= 1
+        scheduler.take_thread(context.vm)
         instance.owner = task
         instance.env.enter(task)
         error: BaseException | None = None
@@ -213,7 +214,7 @@ class SoftTee:
         else:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
-        scheduler.pass_thread_on()
+        scheduler.pass_thread_on(context.vm)
         if outcome is not _WELL:
             self._release(task, instance)
         else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many

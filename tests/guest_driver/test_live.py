@@ -110,6 +110,32 @@ def test_a_guest_that_leaves_in_mid_call(tmp_path: Path) -> None:
             runtime.close()
 
 
+@pytest.mark.requirement("DRV-CTX-1")
+@pytest.mark.parametrize("how", ["ends", "fails", "forgets"])
+def test_a_context_for_each_client(tmp_path: Path, how: str) -> None:
+    """Neither reaches what is the other's, and each context is closed, however its client goes."""
+    with live(tmp_path) as device:
+        driver = device.driver()
+        runtime = TeeRuntime(driver)
+        one, other = Context(runtime), Context(runtime)
+        sessions = [client.open_session(PROBE) for client in (one, other)]
+        assert device.tee.usage()["contexts"] == 2
+        with one.allocate(100) as shared, pytest.raises(TeeError) as caught:
+            sessions[1].invoke(3, shared.whole(Direction.INOUT))
+        assert caught.value.code == Result.BAD_PARAMETERS
+        if how == "ends":
+            one.close()
+        elif how == "fails":
+            with pytest.raises(ZeroDivisionError), one:
+                raise ZeroDivisionError
+        if how != "forgets":
+            assert device.tee.usage()["contexts"] == 1
+            assert sessions[1].invoke(1, ValueIn(2), ValueOut(), ValueInOut(4, 5))[1] == (0, 0, 2)
+        runtime.close()
+        assert device.tee.usage()["contexts"] == 0  # while the device goes on
+        driver.close()
+
+
 def test_it_leaks_no_descriptor(tmp_path: Path) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -95,7 +95,7 @@ def test_an_epoch_drains_after_an_error_of_ours(bench: Bench, monkeypatch: pytes
 
 
 @pytest.mark.fault("internal-error")
-@pytest.mark.parametrize("method", ["end", "_give_up_unregisters", "_close_for_good"])
+@pytest.mark.parametrize("method", ["end", "_give_up_unregister", "_close_for_good"])
 def test_an_error_while_an_epoch_ends(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:

@@ -262,6 +262,23 @@ def test_a_tee_that_was_lost() -> None:
     assert guest.open_session(context)  # the guest's state is kept
 
 
+@requirement("DEV-EPO-1", "DEV-CFG-3")
+def test_numbers_of_epochs() -> None:
+    """Neither 0 nor the last one's, whatever the dice say."""
+    bench = Bench()
+    dice = iter([0, 0, 5, 5, 0, 5, 7, 5])
+    guest = Guest(bench, "dice", lambda: next(dice))
+    bench.guests.append(guest)
+    seen = [guest.epoch]
+    for _ in range(2):
+        guest.reset()
+        seen.append(guest.epoch)
+        guest.start()
+    assert seen == [5, 7, 5]
+    guest.device._new_epoch = lambda: 9
+    guest.end()
+
+
 @pytest.mark.fault("internal-error")
 def test_an_error_of_ours_ends_one_guest(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()

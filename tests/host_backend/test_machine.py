@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from device.config import Limits
 from device.messages import REQUESTS
+from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, ParamType, Queue, Request, Status
-from tee.results import Result
+from tee.results import Origin, Result
 from tee.rpc import RpcCommand
 from tee.soft.ta import UUID
 from tests.host_backend.bench import INLINE, RAM, Bench, Guest, RpcSeen, Sent
@@ -211,6 +212,7 @@ def finish(bench: Bench, guest: Guest, sent: list[Sent]) -> None:
         if response.status:
             assert one.written == 16
             assert Status(response.status) not in (Status.OK, Status.ABANDONED)
+            assert (response.ret, response.origin) == (STATUS_RESULT[Status(response.status)], Origin.COMMS)
             assert response.flags == 0
         assert bytes(one.writable[one.written :]) == b"\xee" * (one.room - one.written)  # type: ignore[operator]
     guest.end()

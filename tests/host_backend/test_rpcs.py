@@ -10,10 +10,12 @@ import pytest
 from device.config import Limits
 from device.params import RawParam
 from device.requests import STATUS_RESULT
-from device.wire import NULL_REGION, Feature, ParamType, Queue, RegionFlag, Request, Status
+from device.wire import NULL_REGION, RPC_OCALL, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
 from host_backend.rpcs import MAX_PAUSE
 from tee import package
+from tee.calls import Call
+from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import RpcCommand, RpcReply
@@ -48,11 +50,24 @@ class Asker(TrustedApplication):
             raise TeeError(reply.code)
 
 
+class Borrower(TrustedApplication):
+    """Asks for memory, and has it for a second: command 1 frees it then, and goes on for another one."""
+
+    uuid = UUID(int=0xB0)
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        reply = await self.env.rpc(RpcCommand.SHM_ALLOC, [Value(Direction.IN, 0, 100, 8)])
+        await self.env.sleep(1)
+        if command:
+            await self.env.rpc(RpcCommand.SHM_FREE, [Value(Direction.IN), *reply.params])
+            await self.env.sleep(1)
+
+
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     Asker.ask, Asker.unmasked = [Value(Direction.IN, 1, 2, 3), Value(Direction.INOUT, 4, 5, 6)], True
     Asker.answers.clear()
-    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker})
+    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker, Borrower.uuid: Borrower})
     yield bench
     for guest in bench.guests:
         guest.end()
@@ -164,10 +179,42 @@ class TestAnswers:
         assert guest.open(context, NOBODY).ret == Result.ITEM_NOT_FOUND
         assert guest.events() == []
 
-    @requirement("DEV-RPC-7")
+    @requirement("DEV-RPC-5")
+    @pytest.mark.parametrize("what", ["another guest's", "the TEE's own", "meta", "meta memory"])
+    def test_what_an_event_may_not_say(self, bench: Bench, guest: Guest, what: str) -> None:
+        other = bench.guest()
+        theirs = other.open_context()
+        region = other.device.epoch.region(other.region(theirs))
+        Asker.ask = {
+            "another guest's": [MemRef(Direction.IN, region.memory, 0, 8)],
+            "the TEE's own": [MemRef(Direction.IN, Memory.of(bytearray(8)), 0, 8)],
+            "meta": [Value(Direction.IN, 1, 2, 3, meta=True)],
+            "meta memory": [MemRef(Direction.OUT, None, 0, 0, meta=True)],
+        }[what]
+        context = guest.open_context()
+        assert guest.invoke(context, guest.open_session(context, Asker.uuid), FS).ret == Result.NOT_SUPPORTED
+        assert guest.events() == other.events() == []
+        assert region.users == 0
+
+    @requirement("DEV-RPC-1", "DEV-RPC-8")
+    @pytest.mark.parametrize("command", [RpcCommand.NOTIFICATION, FS])
+    def test_it_reaches_the_guest_whose_call_waits(self, bench: Bench, command: int) -> None:
+        guests = [bench.guest() for _ in range(3)]
+        calls = []
+        for guest in guests:
+            context = guest.open_context()
+            calls.append(guest.invoke(context, guest.open_session(context, Asker.uuid), command, run=False))
+        for guest, call in reversed(list(zip(guests, calls, strict=True))):
+            bench.turn()
+            assert guest.event(command).call == call.tag
+            assert not call.done
+        for guest in guests:
+            assert guest.events() == []
+
+    @requirement("DEV-RPC-7", "DEV-OCA-2")
     def test_never_sent(self, guest: Guest, context: int, session: int) -> None:
         refused = {c for c, route in ROUTES.items() if route is Route.REFUSED}
-        for command in (*refused, RpcCommand.BENCH_REG, 999):
+        for command in (*refused, RpcCommand.BENCH_REG, RPC_OCALL, 999):
             assert guest.invoke(context, session, command).ret == Result.NOT_SUPPORTED
         assert guest.events() == []
 
@@ -258,6 +305,25 @@ class TestMemory:
         assert call.ret == Result.ITEM_NOT_FOUND
 
     @requirement("DEV-MEM-10")
+    @pytest.mark.parametrize("frees", [0, 1])
+    def test_it_is_used_while_nothing_names_it(self, guest: Guest, context: int, frees: int) -> None:
+        """Until SHM_FREE, or until the call has ended that asked for it."""
+        supplicant = guest.open_context()
+        region = guest.region(supplicant)
+        call = guest.invoke(context, guest.open_session(context, Borrower.uuid), frees)
+        asked = guest.event(RpcCommand.SHM_ALLOC)
+        assert status(guest.reply(asked.rpc, 0, [(INOUT, 0, 100, region)])) is Status.OK
+        waits = guest.unregister(supplicant, region)
+        guest.bench.pass_time(0.5)
+        assert not waits.done
+        assert guest.device.epoch.regions.get(region).users == 1  # type: ignore[union-attr]
+        guest.bench.pass_time(1)
+        assert waits.ret == 0
+        assert call.done is not bool(frees)
+        guest.bench.pass_time(1)
+        assert call.ret == 0
+
+    @requirement("DEV-MEM-10")
     def test_freed_without_an_event_buffer(self, bench: Bench) -> None:
         guest = bench.guest(buffers=3)
         context = guest.open_context()
@@ -320,6 +386,16 @@ class TestMemory:
         assert status(guest.reply(freed.rpc, 0, freed.params)) is Status.MALFORMED
         assert call.ret == Result.ITEM_NOT_FOUND
 
+    @requirement("DEV-RPC-11")
+    def test_short_buffer_says_how_much_is_needed(self, guest: Guest, context: int) -> None:
+        call, region, rpc = self.loading(guest, context, context)
+        name = [(V_IN, *(int.from_bytes(NOBODY.bytes[i : i + 8], "little") for i in (0, 8)), 0)]
+        assert status(guest.reply(rpc, Result.SHORT_BUFFER, [*name, (OUT, 0, 5000, region)])) is Status.OK
+        guest.bench.pass_time(11)
+        guest.events()
+        assert call.ret != 0
+
+    @requirement("DEV-RPC-11", "DEV-RPC-12")
     @pytest.mark.fault("wrong-answer")
     def test_a_size_that_changes(self, guest: Guest, context: int) -> None:
         call, region, rpc = self.loading(guest, context, context)
@@ -334,7 +410,7 @@ class TestMemory:
 
 
 class TestDeadlines:
-    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-16", "DEV-RPC-17")
+    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-13", "DEV-RPC-16", "DEV-RPC-17")
     @pytest.mark.fault("slow-supplicant")
     def test_sent_and_not_answered(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
@@ -469,6 +545,30 @@ class TestDeadlines:
         assert guest.events() == []
         assert guest.withdrawn == [first[0].rpc]
 
+    @requirement("DEV-EVT-2", "DEV-RPC-2", "DEV-RPC-16")
+    def test_what_waits_without_a_buffer(self, bench: Bench) -> None:
+        """Never more than max_rpcs events, however many RPCs come and go."""
+        guest = bench.guest(limits=Limits(max_rpcs=2), buffers=0)
+        context = guest.open_context()
+        calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+        guest.post(50)
+        bench.turn()
+        first = guest.events(post=False)
+        assert [seen.call for seen in first] == [call.tag for call in calls[:2]]
+        queue = guest.ring(Queue.EVENT)
+        queue.available.clear()
+        for _ in range(10):
+            for call in calls:
+                guest.cancel(context, call.tag)
+            calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+            assert len(guest.device.epoch.rpcs._outbox) <= 2
+        guest.post(50)
+        bench.turn()
+        assert guest.events(post=False) == []
+        assert guest.withdrawn == [seen.rpc for seen in first]
+        assert [status(guest.ack(rpc)) for rpc in guest.withdrawn] == [Status.OK] * 2
+        assert [seen.call for seen in guest.events()] == [call.tag for call in calls[:2]]
+
     @requirement("DEV-EVT-1", "DEV-QUE-7")
     @pytest.mark.fault("event-buffers")
     def test_buffers_that_are_no_good(self, bench: Bench) -> None:
@@ -506,6 +606,47 @@ class TestClosing:
         assert call.ret == Result.CANCEL
         assert guest.events() == []
         assert len(guest.withdrawn) == 1
+
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_the_context_of_a_tee_that_waits(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A TEE may close a context only when its calls have ended: they get their answers at once nevertheless."""
+        guest.device.epoch._at_once = None
+        start = bench.tee.start
+        kept: list[Call] = []
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS, run=False)
+        guest.close_context(context, run=False)
+        bench.turn()
+        monkeypatch.setattr(bench.tee, "start", start)
+        for one in kept[:1]:
+            start(one)
+        bench.turn()
+        assert call.ret == Result.COMMUNICATION
+        (closing,) = kept[1:]
+        start(closing)
+        bench.turn()
+        assert guest.sent[-1].ret == 0
+
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_what_was_asked_before(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS)
+        rpc = guest.event(FS).rpc
+        start, kept = bench.tee.start, list[Call]()
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        closed = guest.close_context(context)
+        assert (call.ret, closed.done) == (Result.COMMUNICATION, False)
+        guest.events()
+        assert guest.withdrawn == [rpc]
+        start(kept[0])
+        bench.turn()
+        assert closed.ret == 0
+        monkeypatch.setattr(bench.tee, "start", start)
 
 
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))

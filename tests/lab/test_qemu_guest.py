@@ -146,6 +146,7 @@ def test_a_wrong_ta(guest: Guest, backend: Backend, how: str) -> None:
     assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
 
 
+@pytest.mark.requirement("DRV-RPC-2")
 @pytest.mark.feature("Faults: a supplicant that is killed while the TEE waits for it")
 @pytest.mark.fault("restarted-supplicant")
 def test_a_killed_supplicant(guest: Guest) -> None:

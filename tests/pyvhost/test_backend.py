@@ -222,6 +222,7 @@ def test_slots(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-VHU-6")
 def test_a_lease_outlives_the_region(vmm: Vmm) -> None:
     vmm.set_memory()
     lease = vmm.session.device.memory.lease((GUEST, 16))
@@ -296,6 +297,7 @@ def test_requests_go_through(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-VHU-7")
 def test_kick_before_enable_is_looked_at_on_enable(vmm: Vmm) -> None:
     vmm.set_memory()
     vmm.ring(0)
@@ -307,6 +309,7 @@ def test_kick_before_enable_is_looked_at_on_enable(vmm: Vmm) -> None:
     assert vmm.drivers[0].poll() == [(b"hello", 5)]
 
 
+@pytest.mark.requirement("DEV-VHU-7")
 def test_enable_before_start(vmm: Vmm) -> None:
     vmm.set_memory()
     vmm.enable(0)
@@ -482,6 +485,7 @@ def test_a_new_table_under_running_rings(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @pytest.mark.fault("broken-ring")
 def test_a_broken_ring_is_reported_once(vmm: Vmm) -> None:
     vmm.start(0)

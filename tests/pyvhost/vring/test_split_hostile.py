@@ -133,6 +133,7 @@ WITH_A_HEAD: list[Callable[[RawRing], None]] = [
 ]
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("evil", WITH_A_HEAD, ids=lambda f: f.__name__)
@@ -170,6 +171,7 @@ def test_indirect_needs_negotiation(queue: str) -> None:
     assert "not negotiated" in str(ring.device.broken)
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @pytest.mark.parametrize("head", [8, 0xFFFF])
 def test_a_wild_head_is_not_returned(queue: str, head: int) -> None:
@@ -313,6 +315,7 @@ def test_any_ring_gives_chains_or_breaks(
     assert returned + ring.device.in_flight in (calls, calls + broken)
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @given(st.binary(min_size=300, max_size=300))
 @each_queue
 @pytest.mark.fault("broken-ring")

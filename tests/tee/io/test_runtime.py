@@ -326,6 +326,7 @@ class Refusing:
         return {}
 
 
+@pytest.mark.requirement("DRV-RPC-4")
 def test_memory_that_the_tee_could_not_take_is_freed() -> None:
     supplicant = Supplicant()
     seen: list[str] = []
@@ -333,6 +334,26 @@ def test_memory_that_the_tee_could_not_take_is_freed() -> None:
         runtime.call(OpenSession(context=None, uuid=HELLO))
         until(lambda: "withdrawn" in seen and supplicant.shared_memory == (0, 0))
     assert "answer" in seen
+
+
+class Withdrawing(Refusing):
+    """It takes memory, and then no longer waits for it to be freed."""
+
+    def answer(self, rpc: Rpc, reply: RpcReply) -> None:
+        if rpc is self.rpc:
+            given = [param for param in reply.params if isinstance(param, MemRef)]
+            free = Rpc(RpcCommand.SHM_FREE, [Value(Direction.IN), *given])
+            self.events += [free, RpcWithdrawn(free)]
+
+
+@pytest.mark.requirement("DRV-RPC-4")
+def test_a_shm_free_that_is_withdrawn_is_carried_out() -> None:
+    supplicant = Supplicant()
+    seen: list[str] = []
+    with TeeRuntime(Withdrawing(), supplicant, lambda one: seen.append(one.kind)) as runtime:
+        runtime.call(OpenSession(context=None, uuid=HELLO))
+        until(lambda: "withdrawn" in seen and supplicant.shared_memory == (0, 0))
+    assert seen.count("rpc") == 2
 
 
 class Broken:

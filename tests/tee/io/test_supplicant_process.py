@@ -94,6 +94,7 @@ def child(behave: str, **options: Any) -> Iterator[SupplicantProcess]:
         process.close()
 
 
+@pytest.mark.requirement("DRV-RPC-2")
 @pytest.mark.fault("restarted-supplicant")
 def test_dies_in_an_rpc() -> None:
     with child("os.kill(os.getpid(), 9)") as process:
@@ -103,6 +104,7 @@ def test_dies_in_an_rpc() -> None:
         assert pool.held == []
 
 
+@pytest.mark.requirement("DRV-RPC-2")
 def test_all_outstanding_rpcs_are_answered_when_it_dies() -> None:
     with child("print('x', end='', flush=True); time.sleep(100)") as process:
         codes: list[int] = []
