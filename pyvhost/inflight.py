@@ -83,7 +83,7 @@ DESC_STATE_PACKED = Codec(
 
 _ALIGN = 64  # of each queue's part, as every backend has it
 _MASK = 0xFFFF
-_COUNTER_MASK = (1 << 64) - 1
+COUNTER_MASK = (1 << 64) - 1
 
 
 def region_size(queue_size: int, *, packed: bool = False) -> int:
@@ -93,7 +93,7 @@ def region_size(queue_size: int, *, packed: bool = False) -> int:
 
 
 # Where the words of a split part are, in units of their own size: see ``SplitInflight``.
-_VERSION, _DESC_NUM, _LAST_HEAD, _USED_IDX = 4, 5, 6, 7
+_VERSION, _DESC_NUM, LAST_HEAD, USED_IDX = 4, 5, 6, 7
 _FIRST_FLAG = REGION_SPLIT.size
 _FIRST_NEXT = (REGION_SPLIT.size + 6) // 2
 _FIRST_COUNTER = (REGION_SPLIT.size + 8) // 8
@@ -106,7 +106,7 @@ class SplitInflight:
     ``returning()``, then advances the used index, then ``returned()`` for each one pushed.
     """
 
-    __slots__ = ("_counter", "flags", "longs", "queue_size", "words")
+    __slots__ = ("_counter", "counters", "flags", "longs", "marks", "nexts", "queue_size", "words")
 
     def __init__(self, view: memoryview, queue_size: int) -> None:
         self.queue_size = queue_size
@@ -115,6 +115,10 @@ class SplitInflight:
         self.flags = view[:size]
         self.words = self.flags.cast("H")
         self.longs = self.flags.cast("Q")
+        #: of the entries, by head: inflight, counter, next
+        self.marks = self.flags[_FIRST_FLAG::16][:queue_size]
+        self.counters = self.longs[_FIRST_COUNTER::2][:queue_size]
+        self.nexts = self.words[_FIRST_NEXT::8][:queue_size]
         self._counter = 0
 
     def _check(self, ring_size: int, used_idx: int) -> bool:
@@ -127,7 +131,7 @@ class SplitInflight:
             raise RingError(f"an inflight region for {self.queue_size} entries, a ring of {ring_size}")
         if not words[_VERSION]:
             words[_DESC_NUM] = self.queue_size & _MASK
-            words[_USED_IDX] = used_idx
+            words[USED_IDX] = used_idx
             words[_VERSION] = VERSION  # last: up to here, the part was never used
             return False
         if words[_VERSION] != VERSION or words[_DESC_NUM] != self.queue_size & _MASK:
@@ -144,21 +148,21 @@ class SplitInflight:
             return None
         words, flags, longs = self.words, self.flags, self.longs
         # The driver may have seen the last ones completed though they are still marked: the backend died in between.
-        unmarked = (used_idx - words[_USED_IDX]) & _MASK
+        unmarked = (used_idx - words[USED_IDX]) & _MASK
         if not any(flags[_FIRST_FLAG::16]):
             unmarked = 0
         if unmarked > ring_size:
             raise RingError("the used index is further ahead of the inflight region than the ring is long")
-        head = words[_LAST_HEAD]
+        head = words[LAST_HEAD]
         for _ in range(unmarked):
             if head >= ring_size:
                 raise RingError("an inflight region that refers to a head outside of the ring")
             flags[_FIRST_FLAG + 16 * head] = 0
             head = words[_FIRST_NEXT + 8 * head]
-        words[_USED_IDX] = used_idx
+        words[USED_IDX] = used_idx
         found = [(longs[_FIRST_COUNTER + 2 * n], n) for n in range(ring_size) if flags[_FIRST_FLAG + 16 * n]]
         found.sort()
-        self._counter = (found[-1][0] + 1) & _COUNTER_MASK if found else 0
+        self._counter = (found[-1][0] + 1) & COUNTER_MASK if found else 0
         return [head for _, head in found]
 
     def resume(self, ring_size: int, used_idx: int, heads: Iterable[int]) -> None:
@@ -182,17 +186,17 @@ class SplitInflight:
     def taken(self, head: int) -> None:
         """``head`` was popped."""
         counter = self._counter
-        self.longs[_FIRST_COUNTER + 2 * head] = counter
-        self._counter = (counter + 1) & _COUNTER_MASK
-        self.flags[_FIRST_FLAG + 16 * head] = 1
+        self.counters[head] = counter
+        self._counter = (counter + 1) & COUNTER_MASK
+        self.marks[head] = 1
 
     def returning(self, head: int) -> None:
         """``head`` is in the used ring, the used index does not say so yet."""
         words = self.words
-        words[_FIRST_NEXT + 8 * head] = words[_LAST_HEAD]
-        words[_LAST_HEAD] = head
+        self.nexts[head] = words[LAST_HEAD]
+        words[LAST_HEAD] = head
 
     def returned(self, head: int, used_idx: int) -> None:
         """The used index is ``used_idx`` now."""
-        self.flags[_FIRST_FLAG + 16 * head] = 0
-        self.words[_USED_IDX] = used_idx
+        self.marks[head] = 0
+        self.words[USED_IDX] = used_idx

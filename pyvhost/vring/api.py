@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Protocol
 
 from pyvhost.dirtylog import RingLog
@@ -12,7 +13,7 @@ from pyvhost.errors import RingError
 from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
 
-__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Segment"]
+__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "RegionChain", "Segment"]
 
 #: guest address, length in bytes (> 0)
 Segment = tuple[int, int]
@@ -65,7 +66,11 @@ class Chain:
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """A private copy of up to ``length`` readable bytes from ``offset`` on; fewer if the driver gave fewer. The
         guest chooses ``readable_bytes`` (up to 4 GiB): give a ``length`` or check first.
+
+        :raises ValueError: a negative offset
         """
+        if offset < 0:
+            raise ValueError("a negative offset")
         readable = self.readable
         if len(readable) == 1:  # the common case, without a loop
             return bytes(readable[0][offset : None if length is None else offset + length])
@@ -83,12 +88,24 @@ class Chain:
             parts.append(part)
         return b"".join(parts)
 
+    def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
+        """The fields of ``layout`` at ``offset`` of the readable part, copied once: ``read()`` and unpacking in one.
+
+        :raises ValueError: the driver gave fewer bytes
+        """
+        size = layout.size
+        if not 0 <= offset <= self.readable_bytes - size:
+            raise ValueError(f"{size} bytes from {offset} on are not in {self.readable_bytes} readable bytes")
+        return layout.unpack(self.read(offset, size))
+
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
         """Copy ``data`` into the writable part from ``offset`` on; returns the end, ``offset + len(data)``: what to
         give to ``push()`` if all before it was written too.
 
-        :raises ValueError: it does not fit; nothing was written then
+        :raises ValueError: it does not fit, or a negative offset; nothing was written then
         """
+        if offset < 0:
+            raise ValueError("a negative offset")
         size = len(data)
         end = offset + size
         if end > self.writable_bytes:
@@ -110,6 +127,74 @@ class Chain:
             size -= count
             offset = 0
         return end
+
+
+class RegionChain(Chain):
+    """A ``Chain`` that lies in one memory region, as most do: views are made of it when they are asked for. ``spans``
+    are start and end of each part in the region's ``view``, one after the other, the ``readables`` readable ones
+    first. Whoever makes one has checked them."""
+
+    __slots__ = ("_first", "_spans", "_view")
+
+    def __init__(
+        self,
+        head: int,
+        view: memoryview,
+        spans: Sequence[int],
+        readables: int,
+        readable_bytes: int,
+        writable_bytes: int,
+    ) -> None:
+        self.head = head
+        self._view = view
+        self._spans = spans
+        self._first = 2 * readables  # of the writable ones, in spans
+        self.readable_bytes = readable_bytes
+        self.writable_bytes = writable_bytes
+
+    @property
+    def readable(self) -> list[memoryview]:  # type: ignore[override]
+        spans, view = self._spans, self._view.toreadonly()
+        return [view[spans[n] : spans[n + 1]] for n in range(0, self._first, 2)]
+
+    @property
+    def writable(self) -> list[memoryview]:  # type: ignore[override]
+        spans, view = self._spans, self._view
+        return [view[spans[n] : spans[n + 1]] for n in range(self._first, len(spans), 2)]
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        if self._first != 2 or offset < 0:
+            return super().read(offset, length)
+        spans = self._spans
+        start, end = spans[0] + offset, spans[1]
+        if length is not None and length < end - start:
+            end = start + length
+        return bytes(self._view[start:end])
+
+    def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
+        if self._first != 2 or not 0 <= offset <= self.readable_bytes - layout.size:
+            return super().unpack(layout, offset)
+        return layout.unpack_from(self._view, self._spans[0] + offset)
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
+        size = len(data)
+        end = offset + size
+        spans = self._spans
+        n = self._first
+        start = offset
+        if size and start >= 0 and end <= self.writable_bytes:
+            while True:
+                at = spans[n]
+                room = spans[n + 1] - at
+                if start < room:
+                    break
+                start -= room
+                n += 2
+            if size <= room - start:
+                at += start
+                self._view[at : at + size] = data
+                return end
+        return super().write(data, offset)
 
 
 class DeviceQueue(Protocol):
@@ -167,7 +252,7 @@ class DeviceQueue(Protocol):
         is."""
         ...
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
         later with ``push()``. Signals the driver after every ``notify_every`` completions and at the end. Returns
         True if requests are left (the budget was used up), False if the ring is empty and the driver will kick.

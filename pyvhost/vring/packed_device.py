@@ -413,7 +413,7 @@ class PackedDeviceQueue:
         self._full()  # the driver sees the wish before the ring is looked at again
         return self._look()
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         pop, push, notify = self.pop, self.push, self.notify
         self.disable_notifications()
         unsignalled = 0

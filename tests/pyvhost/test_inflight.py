@@ -112,16 +112,21 @@ class Machine:
             base=self.base,
         )
         queue._used = Words(queue._used, power)  # type: ignore[assignment]
-        queue._used32 = Words(queue._used32, power)  # type: ignore[assignment]
+        queue._ids = Words(queue._ids, power)  # type: ignore[assignment]
+        queue._lengths = Words(queue._lengths, power)  # type: ignore[assignment]
         track = SplitInflight(self.region, SIZE)
         track.flags = Words(track.flags, power)  # type: ignore[assignment]
         track.words = Words(track.words, power)  # type: ignore[assignment]
-        track.longs = Words(track.longs, power)  # type: ignore[assignment]
+        track.marks = Words(track.marks, power)  # type: ignore[assignment]
+        track.counters = Words(track.counters, power)  # type: ignore[assignment]
+        track.nexts = Words(track.nexts, power)  # type: ignore[assignment]
         queue.track(track)
         return queue
 
 
-STEPS = st.lists(st.sampled_from(["add", "pop", "pop", "push first", "push last", "poll"]), max_size=40)
+STEPS = st.lists(
+    st.sampled_from(["add", "pop", "pop", "push first", "push last", "drain", "drain one", "poll"]), max_size=40
+)
 
 
 def live(machine: Machine, steps: list[str], power: Power) -> bool:
@@ -138,6 +143,8 @@ def live(machine: Machine, steps: list[str], power: Power) -> bool:
                 chain = queue.pop()
                 if chain is not None:
                     held.append(chain.head)
+            elif step.startswith("drain"):
+                queue.drain(lambda chain: 0, 1 if step == "drain one" else 9, notify_every=2)
             elif held:
                 queue.push(held.pop(0 if step == "push first" else -1))
     except Killed:
@@ -167,7 +174,21 @@ def test_killed_between_any_two_stores(lives: list[tuple[list[str], int]], base:
 
 
 BUSY = ["add"] * 6 + ["pop"] * 4 + ["push last", "push first", "poll", "add", "pop", "pop", "push last", "push last"]
-BUSY += ["poll", "add", "add", "pop", "push first", "pop", "push last", "add", "pop"]
+BUSY += [
+    "poll",
+    "add",
+    "add",
+    "pop",
+    "push first",
+    "drain one",
+    "pop",
+    "push last",
+    "add",
+    "drain",
+    "poll",
+    "add",
+    "pop",
+]
 
 
 @pytest.mark.parametrize("second", [0, 1, 2, 3, 5, 8, 13, 1 << 30])
