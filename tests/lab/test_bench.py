@@ -18,4 +18,7 @@ def test_a_short_bench() -> None:
     report = json.loads(done.stdout)
     assert {run["backend"] for run in report["runs"]} == {PEER, BLOCK, TEE}
     assert {goal.name for goal in GOALS} == {ratio["name"] for ratio in report["ratios"]}
+    copied = {(run["workload"], run["depth"], run["bytes"]): run["bytes_copied"] for run in report["runs"]}
+    assert copied["invoke-temporary", 1, 64 << 10] > 2 * 64 << 10  # there and back, and the request itself
+    assert copied["invoke-registered", 1, 16 << 20] < 1 << 10  # the request itself
     assert all(ratio["pass"] for ratio in report["ratios"] if ratio["name"] == "zero-copy/in-place")
