@@ -152,6 +152,11 @@ class RegionChain(Chain):
         self.readable_bytes = readable_bytes
         self.writable_bytes = writable_bytes
 
+    def written(self, base: int) -> list[tuple[int, int]]:
+        """Guest addresses and lengths of the writable part; the region is at ``base``."""
+        spans = self._spans
+        return [(base + spans[n], spans[n + 1] - spans[n]) for n in range(self._first, len(spans), 2)]
+
     @property
     def readable(self) -> list[memoryview]:  # type: ignore[override]
         spans, view = self._spans, self._view.toreadonly()

@@ -320,18 +320,13 @@ class SplitDeviceQueue:
         return False
 
     def should_notify(self) -> bool:
-        return self._should_notify(False)
-
-    def _should_notify(self, fenced: bool) -> bool:
-        """``fenced``: there was a full fence since the last push."""
         if self.stopped:
             return False
         used = self._used_idx
         since = self._signalled
         if since == used:
             return False
-        if not fenced:
-            self._full()  # the used index is visible before looking whether the driver sleeps
+        self._full()  # the used index is visible before looking whether the driver sleeps
         # A driver that did not want to know looks by itself before it sleeps. So the next wish is compared with what
         # comes from here on; else the distance would outgrow 16 bits.
         self._signalled = used
@@ -376,7 +371,6 @@ class SplitDeviceQueue:
             counters, marks, nexts, words = inflight.counters, inflight.marks, inflight.nexts, inflight.words
         avail, used, ids, lengths, held = self._avail, self._used, self._ids, self._lengths, self._held
         unsignalled = 0
-        fenced = False
         self.disable_notifications()
         try:
             while budget > 0:
@@ -401,15 +395,15 @@ class SplitDeviceQueue:
                 else:
                     chain = self.pop()
                 if chain is None:
+                    if unsignalled:  # first of all: a driver that sleeps takes time to wake up
+                        unsignalled = 0
+                        self.notify()
                     if self.spin_us:
                         self.notify()
-                        unsignalled = 0
                         if self.wait(self.spin_us):
                             continue
-                    fenced = self.broken is None and not self.recovered
                     if not self.enable_notifications():
                         return False
-                    fenced = False
                     self.disable_notifications()
                     continue
                 budget -= 1
@@ -444,11 +438,9 @@ class SplitDeviceQueue:
                 if unsignalled >= notify_every:
                     unsignalled = 0
                     self.notify()
-            fenced = self.broken is None and not self.recovered
             return self.enable_notifications()
         finally:
-            if self._should_notify(fenced) and self._signal is not None:
-                self._signal()
+            self.notify()
 
     # --- what outlives this backend, and this host
 
