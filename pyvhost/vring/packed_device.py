@@ -166,7 +166,7 @@ class PackedDeviceQueue:
             return None
         if self._order is not None:
             self._order()  # the chain's descriptors are not older than the flags of its first one
-        if flags & _LIST:
+        if flags & DESC_F_NEXT:
             return self._pop_list(position, flags)
         addr, length, head = _unpack_head(self._desc, position << 4)
         held = self._held
@@ -183,7 +183,7 @@ class PackedDeviceQueue:
             self._turn()
         self._next = position
         offset = addr - self._base
-        if length and 0 <= offset <= self._span - length:
+        if not flags & DESC_F_INDIRECT and length and 0 <= offset <= self._span - length:
             end = offset + length
             if flags & DESC_F_WRITE:
                 held[head] = (length, 1, ((addr, length, flags),))
