@@ -259,9 +259,8 @@ class DeviceQueue(Protocol):
 
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
-        later with ``push()``. To return them costs half: the request is completed by the loop that took it. Signals
-        the driver after every ``notify_every`` completions and before it leaves the ring; for what was completed by
-        ``push()``, at the end. Returns True if requests are left (the budget was used up), False if the ring is empty
+        later with ``push()``. Signals the driver after every ``notify_every`` requests completed by returning, and
+        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are left (the budget was used up), False if the ring is empty
         and the driver will kick.
 
         What the handler raises goes to the caller; its request stays in flight. The handler may work on the queue.
