@@ -24,7 +24,7 @@ ID = b"pyvhost null block\0\0"
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPPORTED = b"\0", b"\1", b"\2"
 SEG_MAX, BLK_SIZE, FLUSH_FEATURE, MQ = 1 << 2, 1 << 6, 1 << 9, 1 << 12
-HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+HEADER, HEADER_SIZE = struct.Struct("<IIQ"), 16  # type, reserved, sector
 
 
 class NullBlock(Device):
@@ -49,18 +49,19 @@ class NullBlock(Device):
 
     def serve(self, chain: Chain) -> int:
         room = chain.writable_bytes - 1  # the last byte is the status
-        if chain.readable_bytes < 16 or room < 0:
+        if chain.readable_bytes < HEADER_SIZE or room < 0:
             return 0
         kind, _, sector = chain.unpack(HEADER)
+        start = sector * SECTOR
         if kind == IN:
-            done = self.fits(sector, room)
+            done = not room % SECTOR and start + room <= self.capacity
             if done and self.store is not None:
-                chain.write(self.store[sector * SECTOR : sector * SECTOR + room])
+                chain.write(self.store[start : start + room])
         elif kind == OUT:
-            size = chain.readable_bytes - 16
-            done = self.fits(sector, size)
+            size = chain.readable_bytes - HEADER_SIZE
+            done = not size % SECTOR and start + size <= self.capacity
             if done and self.store is not None:
-                self.store[sector * SECTOR : sector * SECTOR + size] = chain.read(16, size)
+                self.store[start : start + size] = chain.read(HEADER_SIZE, size)
         elif kind == FLUSH:
             done = True
             if self.store is not None:
@@ -71,9 +72,6 @@ class NullBlock(Device):
         else:
             return chain.write(UNSUPPORTED, room)
         return chain.write(OK if done else IOERR, room)
-
-    def fits(self, sector: int, size: int) -> bool:
-        return not size % SECTOR and sector * SECTOR + size <= self.capacity
 
 
 def make_file(path: str, capacity: int) -> int:

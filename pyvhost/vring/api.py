@@ -177,28 +177,19 @@ class RegionChain(Chain):
         return bytes(self._view[start:end])
 
     def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
-        if self._first != 2 or not 0 <= offset <= self.readable_bytes - layout.size:
-            return super().unpack(layout, offset)
-        return layout.unpack_from(self._view, self._spans[0] + offset)
+        if self._first == 2 and 0 <= offset <= self.readable_bytes - layout.size:
+            return layout.unpack_from(self._view, self._spans[0] + offset)
+        return super().unpack(layout, offset)
 
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
+        spans = self._spans
         size = len(data)
         end = offset + size
-        spans = self._spans
-        n = self._first
-        start = offset
-        if size and start >= 0 and end <= self.writable_bytes:
-            while True:
-                at = spans[n]
-                room = spans[n + 1] - at
-                if start < room:
-                    break
-                start -= room
-                n += 2
-            if size <= room - start:
-                at += start
-                self._view[at : at + size] = data
-                return end
+        room = self.writable_bytes
+        at = spans[-1] - room + offset
+        if spans[-2] <= at and end <= room and self._first < len(spans):  # the last part, or the only one
+            self._view[at : at + size] = data
+            return end
         return super().write(data, offset)
 
 
@@ -260,8 +251,8 @@ class DeviceQueue(Protocol):
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
         later with ``push()``. Signals the driver after every ``notify_every`` requests completed by returning, and
-        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are left (the budget was used up), False if the ring is empty
-        and the driver will kick.
+        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are
+        left (the budget was used up), False if the ring is empty and the driver will kick.
 
         What the handler raises goes to the caller; its request stays in flight. The handler may work on the queue.
         """
