@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi
+from lab.agent import AgentClient, AgentError
 from lab.guest.agent import Agent
 from lab.lock import File, Lock, Pin
-from lab.qemu.agent import AgentClient, AgentError
 from lab.qemu.build import QemuBuild
 from lab.qemu.command import GuestConfig, command_line
 
@@ -270,13 +270,9 @@ class EndingAgent(Agent):
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[AgentClient]:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(tmp_path / "port"))
-    listener.listen()
-    client = AgentClient(tmp_path / "port")
-    port, _ = listener.accept()
-    listener.close()
+def client() -> Iterator[AgentClient]:
+    ours, port = socket.socketpair()
+    client = AgentClient(ours)
 
     def serve() -> None:
         # a guest that was reset leaves half a line
