@@ -56,8 +56,8 @@ def ensure_tree() -> KernelTree:
     version = output(["dpkg-deb", "-f", deb, "Version"]).strip()
     if version != uml.built_from:
         raise LabError(
-            f"{SUITE} has user-mode-linux built from linux {uml.built_from}, but {SOURCE} {version}: modules would not"
-            f" fit. Name {SOURCE} {uml.built_from} in lab/packages.lock, or an older user-mode-linux"
+            f"user-mode-linux was built from linux {uml.built_from}, and modules of {SOURCE} {version} would not fit:"
+            " remove both from lab/packages.lock, and the newest of both are taken"
         )
 
     def make(new: Path) -> None:
