@@ -6,6 +6,9 @@ that it shares. So the write is just done, and a second thread looks a few times
 in the same write as last time. If so, it empties the eventfd, which lets the write through, and the caller is told, so
 that it can end that connection. A signal costs two assignments more; a frontend that tries it holds up the others once,
 for half a second at most.
+
+The write end of a pipe (user-mode-linux's) cannot be emptied by who writes to it, so ``prepare()`` opens that anew,
+non-blocking, with flags that the frontend does not share. Nothing else is taken: whatever blocks for another reason.
 """
 
 from __future__ import annotations
@@ -13,14 +16,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 import threading
 
-__all__ = ["Signaller"]
+from pyvhost.errors import MessageError
+
+__all__ = ["Signaller", "prepare"]
 
 log = logging.getLogger("pyvhost")
 
 _PERIOD = 0.25  # seconds between two looks
 _RETRY = 0.001  # … at a write that is stuck, while the frontend goes on filling its eventfd
+
+
+def prepare(fd: int) -> None:
+    """Make sure that no ``Signaller.signal(fd)`` can be held up for good; what ``fd`` refers to may be replaced.
+
+    :raises MessageError: it is neither an eventfd nor a pipe that we may open
+    """
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind == stat.S_IFIFO:
+        try:
+            ours = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            raise MessageError(f"a pipe to signal that cannot be opened: {e.strerror}") from None
+        os.dup2(ours, fd, inheritable=False)
+        os.close(ours)
+    elif kind:  # an eventfd has none
+        raise MessageError("something to signal that is neither an eventfd nor a pipe")
 
 
 class Signaller:
