@@ -7,8 +7,9 @@ in the same write as last time. If so, it empties the eventfd, which lets the wr
 that it can end that connection. A signal costs two assignments more; a frontend that tries it holds up the others once,
 for half a second at most.
 
-The write end of a pipe (user-mode-linux's) cannot be emptied by who writes to it, so ``prepare()`` opens that anew,
-non-blocking, with flags that the frontend does not share. Nothing else is taken: whatever blocks for another reason.
+user-mode-linux gives sockets instead: one in which a write is stuck is shut down. The write end of a pipe can be
+neither emptied nor shut down by who writes to it, so ``prepare()`` opens that anew, non-blocking, with flags that the
+frontend does not share. Nothing else is taken.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import stat
 import threading
 
@@ -32,7 +34,7 @@ _RETRY = 0.001  # … at a write that is stuck, while the frontend goes on filli
 def prepare(fd: int) -> None:
     """Make sure that no ``Signaller.signal(fd)`` can be held up for good; what ``fd`` refers to may be replaced.
 
-    :raises MessageError: it is neither an eventfd nor a pipe that we may open
+    :raises MessageError: it is neither an eventfd, nor a socket, nor a pipe that we may open
     """
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     if kind == stat.S_IFIFO:
@@ -42,8 +44,17 @@ def prepare(fd: int) -> None:
             raise MessageError(f"a pipe to signal that cannot be opened: {e.strerror}") from None
         os.dup2(ours, fd, inheritable=False)
         os.close(ours)
-    elif kind:  # an eventfd has none
-        raise MessageError("something to signal that is neither an eventfd nor a pipe")
+    elif kind not in (0, stat.S_IFSOCK):  # an eventfd has none
+        raise MessageError("something to signal that is neither an eventfd, nor a socket, nor a pipe")
+
+
+def _shut_down(fd: int) -> None:
+    """:raises OSError: ``fd`` is no socket"""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    finally:
+        sock.detach()
 
 
 class Signaller:
@@ -93,7 +104,7 @@ class Signaller:
             last = number
 
     def _free(self, number: int) -> bool:
-        """Empty the eventfd if that write is still stuck; whether it is not."""
+        """Empty the eventfd, or shut down the socket, if that write is still stuck; whether it is not."""
         with self._lock:
             fd = self._writing
             if fd < 0 or self._number != number:
@@ -101,4 +112,6 @@ class Signaller:
             self._freed = number
             with contextlib.suppress(OSError):  # the write went through meanwhile
                 os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+            with contextlib.suppress(OSError):
+                _shut_down(fd)
             return False

@@ -50,6 +50,21 @@ def test_a_full_pipe(signaller: Signaller) -> None:
         os.close(fd)
 
 
+def test_a_full_socket(signaller: Signaller) -> None:
+    """It is shut down, and who signals is told, to end the connection."""
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        prepare(ours.fileno())
+        assert signaller.signal(ours.fileno())
+        assert theirs.recv(64) == (1).to_bytes(8, "little")
+        fill(ours.fileno())
+        told: list[bool] = []
+        done = threading.Thread(target=lambda: told.append(signaller.signal(ours.fileno())), daemon=True)
+        done.start()
+        done.join(20)
+        assert told == [False]
+
+
 def test_an_eventfd_stays_what_it_is(signaller: Signaller) -> None:
     fd = os.eventfd(0)
     prepare(fd)
@@ -59,8 +74,5 @@ def test_an_eventfd_stays_what_it_is(signaller: Signaller) -> None:
 
 
 def test_what_is_not_taken(tmp_path: Path) -> None:
-    one, two = socket.socketpair()
-    with one, two, (tmp_path / "file").open("wb") as file:
-        for fd in (one.fileno(), file.fileno()):
-            with pytest.raises(MessageError, match="neither"):
-                prepare(fd)
+    with (tmp_path / "file").open("wb") as file, pytest.raises(MessageError, match="neither"):
+        prepare(file.fileno())
