@@ -82,6 +82,13 @@ class Ports(Protocol):
         """:raises MessageError: ``fd`` is not a stream socket"""
         ...
 
+    def check_signal(self, fd: int) -> None:
+        """Before the first ``signal(fd)``.
+
+        :raises MessageError: ``fd`` is nothing that can be signalled without being held up
+        """
+        ...
+
     def send(self, fd: int, message: bytes) -> bool:
         """Send on the backend's request channel; False if it is closed or full. Never blocks."""
         ...
@@ -430,9 +437,13 @@ class Session:
             self.ports.unwatch(old)
 
     def _set_call(self, effect: fx.SetCall) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._call[effect.index] = effect.fd
 
     def _set_err(self, effect: fx.SetErr) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._err[effect.index] = effect.fd
 
     def _set_channel(self, effect: fx.SetChannel) -> None:

@@ -20,6 +20,7 @@ from pyvhost.messages import (
     encode,
 )
 from pyvhost.ringstate import RING_TABLE, RingEvent, RingState
+from pyvhost.vring.packed import INITIAL_BASE
 from tests.pyvhost.fakes import GUEST, NOT_A_FILE, NOT_POLLABLE, RAM, USER, F, Vmm, config, mem_region
 from tests.pyvhost.toys import Echo, Late
 
@@ -75,6 +76,13 @@ def test_answers_of_the_start(vmm: Vmm) -> None:
     assert U64.unpack(vmm.tell(F.GET_MAX_MEM_SLOTS)).value == MEM_SLOTS
     assert vmm.ack(F.RESET_OWNER) == 0
     assert vmm.tell(F.SET_OWNER) == b""
+    vmm.leave()
+
+
+def test_the_message_that_acknowledges_reply_ack_is_answered_as_user_mode_linux_wants_it() -> None:
+    vmm = Vmm(Echo())
+    assert vmm.tell(F.SET_PROTOCOL_FEATURES, U64.pack(P.MQ), flags=Flag.NEED_REPLY) == b""
+    assert vmm.ack(F.SET_PROTOCOL_FEATURES, U64.pack(P.REPLY_ACK)) == 0
     vmm.leave()
 
 
@@ -175,6 +183,21 @@ def test_mem_table_as_uml_sends_it(vmm: Vmm) -> None:
     (region,) = vmm.session.device.memory.regions
     assert (region.guest_addr, region.size) == (0x10_0000, 0x1000)
     assert not vmm.ports.open_fds  # mapped memory needs no descriptor
+    vmm.leave()
+
+
+@pytest.mark.parametrize("uml", [True, False])
+def test_a_packed_ring_of_user_mode_linux_begins_at_its_beginning(uml: bool) -> None:
+    """It says base 0, as for split rings; from others that is a ring that has turned once."""
+    vmm = Vmm(Echo(), features=Feature.PROTOCOL_FEATURES | Feature.VERSION_1 | Feature.RING_PACKED)
+    vmm.negotiate()
+    vmm.set_memory()
+    if uml:
+        fd = vmm.fd()
+        assert vmm.ack(F.SET_MEM_TABLE, vmm.table(fd) + bytes(32), fd) == 0
+    for base, heard in ((0, INITIAL_BASE if uml else 0), (5, 5)):
+        vmm.tell(F.SET_VRING_BASE, VRING_STATE.pack(0, base))
+        assert vmm.base(0) == heard
     vmm.leave()
 
 
