@@ -71,6 +71,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Place = TypeVar("Place")
 _INVOKE = int(Request.INVOKE)
+_REQUEST = Queue.REQUEST
 _IN, _OUT = Direction.IN, Direction.OUT
 _MAX_ADDRESS = 1 << 64
 
@@ -119,6 +120,7 @@ class Epoch:
         """CANCELs by the tag that they look for, which may lie in a ring yet."""
         self._sought_late: dict[int, list[Pending]] = {}
         """Those that came when the search had begun."""
+        self._max_calls = limits.max_calls
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
@@ -136,7 +138,7 @@ class Epoch:
         """
         begun: Unfinished | None = None
         try:
-            if self._at_once is not None and queue is Queue.REQUEST and len(data) >= INVOKE_HEAD.size:
+            if self._at_once is not None and queue is _REQUEST and len(data) >= _INVOKE_SIZE:
                 outcome = self._invoke_at_once(data, room)
                 if isinstance(outcome, bytes):
                     return outcome
@@ -305,7 +307,7 @@ class Epoch:
             or session.closing
             or (context := session.context).ident != ident
             or context.closing
-            or self.running >= self.limits.max_calls
+            or self.running >= self._max_calls
             or self._sought
         ):
             return None
@@ -313,7 +315,7 @@ class Epoch:
         assert at_once is not None
         at = time.monotonic_ns() if self.trace is not None else 0
         if not count:
-            if len(data) != INVOKE_HEAD.size or room < _BARE_RESPONSE:
+            if len(data) != _INVOKE_SIZE or room < _BARE_RESPONSE:
                 return None
             outcome = at_once(session.handle, func, ())
             if isinstance(outcome, tuple):
@@ -768,6 +770,7 @@ INVOKE_HEAD = struct.Struct(
     (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
 )
 """An INVOKE up to its parameters; its reserved words too, as numbers."""
+_INVOKE_SIZE = INVOKE_HEAD.size
 _BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
 
 
