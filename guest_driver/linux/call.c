@@ -42,7 +42,9 @@ static void vtee_ctx_closed(struct vtee_req *req)
 	vtee_parked_look(req->vt);
 }
 
-/* The device ends everything under the context; it is waited for only where nothing can hold it up. */
+/*
+ * The device ends everything under the context; it is waited for only where nothing can hold it up.
+ */
 static void vtee_ctx_close(struct vtee_ctx *ctx)
 {
 	struct vtee *vt = ctx->vt;
@@ -88,7 +90,9 @@ static void vtee_ctx_orphaned(struct vtee_req *req)
 	vtee_req_post(close, NULL);
 }
 
-/* Open the device's context. Returns 0 or -ENODEV, -ESTALE, -EBUSY, -EINTR, -ENOMEM, -EPROTO, -EIO. */
+/*
+ * Open the device's context. Returns 0 or -ENODEV, -ESTALE, -EBUSY, -EINTR, -ENOMEM, -EPROTO, -EIO.
+ */
 static int vtee_ctx_open_once(struct vtee_ctx *ctx)
 {
 	const struct vtee_open_context_response *body;
@@ -97,8 +101,8 @@ static int vtee_ctx_open_once(struct vtee_ctx *ctx)
 	struct vtee_req *req;
 	int rc;
 
-	req = vtee_req_alloc(vt, NULL, VTEE_REQUEST_OPEN_CONTEXT, sizeof(struct vtee_open_context), 0,
-			     sizeof(struct vtee_open_context_response));
+	req = vtee_req_alloc(vt, NULL, VTEE_REQUEST_OPEN_CONTEXT, sizeof(struct vtee_open_context),
+			     0, sizeof(struct vtee_open_context_response));
 	if (!req)
 		return -ENOMEM;
 	req->finish = vtee_ctx_orphaned;
@@ -140,8 +144,8 @@ static int vtee_ctx_open(struct vtee_ctx *ctx)
 }
 
 /*
- * A context of a lost epoch is gone for its client, who has to open another one. A supplicant has nothing to lose and
- * serves whoever comes: its context is opened again.
+ * A context of a lost epoch is gone for its client, who has to open another one. A supplicant has
+ * nothing to lose and serves whoever comes: its context is opened again.
  */
 int vtee_ctx_revive(struct vtee_ctx *ctx)
 {
@@ -249,8 +253,8 @@ static int vtee_call_failed(int rc, u32 *ret, u32 *origin)
 }
 
 /*
- * Make a call. Afterwards the request is the caller's, with vtee_call_end() done or left to finish(): it is to be put
- * and nothing else.
+ * Make a call. Afterwards the request is the caller's, with vtee_call_end() done or left to
+ * finish(): it is to be put and nothing else.
  */
 static int vtee_call(struct vtee_req *req, struct vtee_answer *answer)
 {
@@ -300,11 +304,13 @@ static int vtee_session_opened(struct vtee_req *req, const struct vtee_answer *a
 	const struct vtee_open_session_response *body = answer->body;
 	int rc;
 
-	if (!body->session != (answer->ret != TEEC_SUCCESS) || le32_to_cpu(body->num_params) != arg->num_params) {
+	if (!body->session != !!answer->ret ||
+	    le32_to_cpu(body->num_params) != arg->num_params) {
 		vtee_break(req->vt, "it opened a session with a wrong answer");
 		return -EPROTO;
 	}
-	rc = vtee_params_in(req, (const struct vtee_param *)(body + 1), params, arg->num_params, answer->ret);
+	rc = vtee_params_in(req, (const struct vtee_param *)(body + 1), params, arg->num_params,
+			    answer->ret);
 	if (!rc)
 		arg->session = le32_to_cpu(body->session);
 	return rc;
@@ -327,8 +333,8 @@ static int vtee_open_session(struct tee_context *tctx, struct tee_ioctl_open_ses
 	rc = tee_session_calc_client_uuid(&client, arg->clnt_login, arg->clnt_uuid);
 	if (rc)
 		return rc;
-	req = vtee_req_alloc(vt, tctx->data, VTEE_REQUEST_OPEN_SESSION, sizeof(*body) + tail, arg->num_params,
-			     sizeof(struct vtee_open_session_response) + tail);
+	req = vtee_req_alloc(vt, tctx->data, VTEE_REQUEST_OPEN_SESSION, sizeof(*body) + tail,
+			     arg->num_params, sizeof(struct vtee_open_session_response) + tail);
 	if (!req)
 		return -ENOMEM;
 	body = vtee_req_body(req);
@@ -372,10 +378,12 @@ static int vtee_close_session(struct tee_context *tctx, u32 session)
 	rc = vtee_req_call(req, &answer);
 	vtee_req_put(req);
 	if (rc == -ENODEV || rc == -ESTALE)
-		return 0;	/* it has ended with all others */
+		return 0; /* it has ended with all others */
 	if (rc)
 		return rc;
-	return answer.status == VTEE_STATUS_OK || answer.status == VTEE_STATUS_STALE_EPOCH ? 0 : -EINVAL;
+	return answer.status == VTEE_STATUS_OK || answer.status == VTEE_STATUS_STALE_EPOCH ?
+		       0 :
+		       -EINVAL;
 }
 
 static void vtee_invoke_orphaned(struct vtee_req *req)
@@ -383,8 +391,8 @@ static void vtee_invoke_orphaned(struct vtee_req *req)
 	vtee_call_end(req);
 }
 
-static int vtee_invoked(struct vtee_req *req, const struct vtee_answer *answer, struct tee_ioctl_invoke_arg *arg,
-			struct tee_param *params)
+static int vtee_invoked(struct vtee_req *req, const struct vtee_answer *answer,
+			struct tee_ioctl_invoke_arg *arg, struct tee_param *params)
 {
 	const struct vtee_invoke_response *body = answer->body;
 
@@ -392,10 +400,12 @@ static int vtee_invoked(struct vtee_req *req, const struct vtee_answer *answer, 
 		vtee_break(req->vt, "it answered a call with another number of parameters");
 		return -EPROTO;
 	}
-	return vtee_params_in(req, (const struct vtee_param *)(body + 1), params, arg->num_params, answer->ret);
+	return vtee_params_in(req, (const struct vtee_param *)(body + 1), params, arg->num_params,
+			      answer->ret);
 }
 
-static int vtee_invoke(struct tee_context *tctx, struct tee_ioctl_invoke_arg *arg, struct tee_param *params)
+static int vtee_invoke(struct tee_context *tctx, struct tee_ioctl_invoke_arg *arg,
+		       struct tee_param *params)
 {
 	struct vtee *vt = vtee_of(tctx);
 	size_t tail = array_size(arg->num_params, sizeof(struct vtee_param));
@@ -406,8 +416,8 @@ static int vtee_invoke(struct tee_context *tctx, struct tee_ioctl_invoke_arg *ar
 
 	if (arg->num_params > vt->max_params)
 		return -EINVAL;
-	req = vtee_req_alloc(vt, tctx->data, VTEE_REQUEST_INVOKE, sizeof(*body) + tail, arg->num_params,
-			     sizeof(struct vtee_invoke_response) + tail);
+	req = vtee_req_alloc(vt, tctx->data, VTEE_REQUEST_INVOKE, sizeof(*body) + tail,
+			     arg->num_params, sizeof(struct vtee_invoke_response) + tail);
 	if (!req)
 		return -ENOMEM;
 	body = vtee_req_body(req);

@@ -12,7 +12,7 @@
 #endif
 
 /* The part of the TEE subsystem that is for its drivers has moved. */
-#if __has_include(<linux/tee_core.h>)
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 10, 0)
 #include <linux/tee_core.h>
 #else
 #include <linux/tee_drv.h>

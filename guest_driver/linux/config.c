@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* The device's configuration space: is it the device that we know, and what does it say of itself. */
+/*
+ * The device's configuration space: is it the device that we know, and what does it say of itself.
+ */
 #include <linux/pci.h>
 #include <linux/virtio_pci.h>
 
 #include "virtio_tee.h"
 
 /*
- * virtio-pci takes a read beyond the configuration space for a bug of the driver and stops the kernel. Another kind of
- * device with the same ID may have a shorter one: look before reading.
+ * virtio-pci takes a read beyond the configuration space for a bug of the driver and stops the
+ * kernel. Another kind of device with the same ID may have a shorter one: look before reading.
  */
 static bool vtee_config_is_long_enough(struct virtio_device *vdev)
 {
@@ -45,7 +47,8 @@ int vtee_read_config(struct vtee *vt)
 	struct vtee_config config;
 
 	if (!vt->vdev->config->get || !vtee_config_is_long_enough(vt->vdev)) {
-		dev_info(dev, "another kind of device with ID %u: its config space is too small\n", VTEE_DEVICE_ID);
+		dev_info(dev, "another kind of device with ID %u: its config space is too small\n",
+			 VTEE_DEVICE_ID);
 		return -ENODEV;
 	}
 	virtio_cread_bytes(vt->vdev, 0, &config, sizeof(config));
@@ -69,14 +72,16 @@ int vtee_read_config(struct vtee *vt)
 	vt->config_queues = le32_to_cpu(config.num_request_queues);
 	if (!config.epoch || vt->max_params < 4 || !vt->max_calls || !vt->max_region_ranges ||
 	    !vt->num_event_buffers || !vt->config_queues || !le32_to_cpu(config.rpc_deadline_ms) ||
-	    vt->event_size < sizeof(struct vtee_event_header) || vt->event_size > VTEE_MAX_EVENT_SIZE) {
+	    vt->event_size < sizeof(struct vtee_event_header) ||
+	    vt->event_size > VTEE_MAX_EVENT_SIZE) {
 		dev_err(dev, "the device's limits make no sense\n");
 		return -EINVAL;
 	}
 	vt->version.impl_id = le32_to_cpu(config.tee_impl_id);
 	vt->version.impl_caps = le32_to_cpu(config.tee_impl_caps);
 	/* Registering memory is the driver's own capability, all else is the TEE's. */
-	vt->version.gen_caps = (le32_to_cpu(config.tee_gen_caps) & (TEE_GEN_CAP_GP | TEE_GEN_CAP_MEMREF_NULL)) |
-			       TEE_GEN_CAP_REG_MEM;
+	vt->version.gen_caps =
+		(le32_to_cpu(config.tee_gen_caps) & (TEE_GEN_CAP_GP | TEE_GEN_CAP_MEMREF_NULL)) |
+		TEE_GEN_CAP_REG_MEM;
 	return 0;
 }

@@ -4,7 +4,7 @@
 
 #include "virtio_tee.h"
 
-#define VTEE_EVENTS_AT_ONCE	64
+#define VTEE_EVENTS_AT_ONCE 64
 
 static int vtee_post_event(struct vtee *vt, void *buffer)
 {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Memory of the supplicant's that the TEE has asked for: the TEE has it until it frees it, or the call has ended for
- * which it was, or its answer was not taken. All functions are called with rpc_lock held.
+ * Memory of the supplicant's that the TEE has asked for: the TEE has it until it frees it, or the
+ * call has ended for which it was, or its answer was not taken. All functions are called with
+ * rpc_lock held.
  */
 #include <linux/slab.h>
 
@@ -35,7 +36,10 @@ static void vtee_lent_return(struct vtee *vt, struct vtee_lent *lent)
 		vtee_supp_free(vt, shm_id, type, NULL);
 }
 
-/* Answer a SHM_ALLOC with the first @size bytes of @region. Returns -ENOMEM, and then nothing has been done. */
+/*
+ * Answer a SHM_ALLOC with the first @size bytes of @region. Returns -ENOMEM, and then nothing has
+ * been done.
+ */
 int vtee_lend(struct vtee *vt, struct vtee_rpc *rpc, struct vtee_region *region, u64 size)
 {
 	struct vtee_param param = {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * virtio_tee: a TEE device for the kernel's TEE subsystem, on a virtio TEE device (ID 46).
- * The device is not trusted: what it says is checked, and one that breaks the rules is reset and not used any more.
+ * virtio_tee: a TEE device for the kernel's TEE subsystem, on a virtio TEE device (ID 46). The
+ * device is not trusted: what it says is checked, and one that breaks the rules is reset and not
+ * used any more.
  */
 #include <linux/module.h>
 #include <linux/slab.h>
@@ -251,7 +252,10 @@ static void vtee_remove(struct virtio_device *vdev)
 }
 
 #ifdef CONFIG_PM_SLEEP
-/* The device forgets everything: clients have to open their contexts anew, as after any loss of state. */
+/*
+ * The device forgets everything: clients have to open their contexts anew, as after any loss of
+ * state.
+ */
 static int vtee_freeze(struct virtio_device *vdev)
 {
 	vtee_stop(vdev->priv);

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Parameters of calls: from the TEE core's form to the device's, and what the device may change of them back. */
+/*
+ * Parameters of calls: from the TEE core's form to the device's, and what the device may change of
+ * them back.
+ */
 #include <linux/dma-mapping.h>
 
 #include "virtio_tee.h"
@@ -7,11 +10,13 @@
 static bool vtee_is_memref(u64 attr)
 {
 	attr &= VTEE_PARAM_TYPE_MASK;
-	return attr >= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT && attr <= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT;
+	return attr >= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT &&
+	       attr <= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT;
 }
 
 /* @region: the memory of a memory reference, NULL for a NULL reference */
-static void vtee_param_out(struct vtee_param *wire, const struct tee_param *param, const struct vtee_region *region)
+static void vtee_param_out(struct vtee_param *wire, const struct tee_param *param,
+			   const struct vtee_region *region)
 {
 	memset(wire, 0, sizeof(*wire));
 	wire->attr = cpu_to_le64(param->attr);
@@ -32,7 +37,8 @@ static void vtee_param_out(struct vtee_param *wire, const struct tee_param *para
 	}
 }
 
-static int vtee_param_region(struct vtee_req *req, const struct tee_param *param, struct vtee_region **found)
+static int vtee_param_region(struct vtee_req *req, const struct tee_param *param,
+			     struct vtee_region **found)
 {
 	const struct tee_param_memref *memref = &param->u.memref;
 	struct vtee_region *region;
@@ -61,7 +67,8 @@ static int vtee_param_region(struct vtee_req *req, const struct tee_param *param
  *
  * Returns 0, -EINVAL for what cannot be sent, or -ESTALE for memory that the device has forgotten.
  */
-int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct tee_param *params, unsigned int count)
+int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct tee_param *params,
+		    unsigned int count)
 {
 	struct vtee_region *region;
 	unsigned int i;
@@ -70,7 +77,8 @@ int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct 
 	for (i = 0; i < count; i++) {
 		region = NULL;
 		if ((params[i].attr & ~(u64)(VTEE_PARAM_TYPE_MASK | VTEE_PARAM_META)) ||
-		    (params[i].attr & VTEE_PARAM_TYPE_MASK) > TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT)
+		    (params[i].attr & VTEE_PARAM_TYPE_MASK) >
+			    TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT)
 			return -EINVAL;
 		if (vtee_is_memref(params[i].attr)) {
 			rc = vtee_param_region(req, &params[i], &region);
@@ -122,7 +130,8 @@ static bool vtee_param_fits(const struct vtee_param *sent, const struct vtee_par
 	case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_OUTPUT:
 	case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT:
 		return got->a == sent->a && got->c == sent->c && le64_to_cpu(got->b) <= SIZE_MAX &&
-		       (ret == TEEC_ERROR_SHORT_BUFFER || le64_to_cpu(got->b) <= le64_to_cpu(sent->b));
+		       (ret == TEEC_ERROR_SHORT_BUFFER ||
+			le64_to_cpu(got->b) <= le64_to_cpu(sent->b));
 	default:
 		return false;
 	}
@@ -130,21 +139,23 @@ static bool vtee_param_fits(const struct vtee_param *sent, const struct vtee_par
 
 static struct vtee_region *vtee_param_region_of(const struct tee_param *param)
 {
-	return vtee_is_memref(param->attr) && param->u.memref.shm ? vtee_region_of(param->u.memref.shm) : NULL;
+	return vtee_is_memref(param->attr) && param->u.memref.shm ?
+		       vtee_region_of(param->u.memref.shm) :
+		       NULL;
 }
 
 /**
  * vtee_params_in() - take a response's parameters
  * @req:	the call
  * @wire:	the response's parameters, where the device cannot change them any more
- * @params:	the client's, as they were sent; what they are is not taken from the device's memory
+ * @params:	the client's, as they were sent: the device could have changed its copy
  * @count:	how many
  * @ret:	the call's result
  *
  * Returns 0, or -EPROTO where the device changed what it may not; then no parameter has changed.
  */
-int vtee_params_in(struct vtee_req *req, const struct vtee_param *wire, struct tee_param *params, unsigned int count,
-		   u32 ret)
+int vtee_params_in(struct vtee_req *req, const struct vtee_param *wire, struct tee_param *params,
+		   unsigned int count, u32 ret)
 {
 	struct vtee_param sent;
 	unsigned int i;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Requests: from being built to being returned. A request belongs to the device from the moment it is added to a queue
- * until it is returned or the device was reset, whoever waited for it; all that it names stays until then.
+ * Requests: from being built to being returned. A request belongs to the device from the moment it
+ * is added to a queue until it is returned or the device was reset, whoever waited for it; all that
+ * it names stays until then.
  */
 #include <linux/freezer.h>
 #include <linux/sched/signal.h>
@@ -218,7 +219,10 @@ int vtee_req_send(struct vtee_req *req)
 	return rc;
 }
 
-/* Send a request for which nobody waits, and give up the reference to it. On error, @finish is not called. */
+/*
+ * Send a request for which nobody waits, and give up the reference to it. On error, @finish is not
+ * called.
+ */
 int vtee_req_post(struct vtee_req *req, void (*finish)(struct vtee_req *req))
 {
 	int rc;
@@ -283,8 +287,9 @@ void vtee_finish_work(struct work_struct *work)
  * @req:	a request that was returned
  * @answer:	filled in
  *
- * Returns 0; -ENODEV or -ESTALE where there is no answer and will not be one; -ECANCELED for a request that the device
- * never saw; -EPROTO for an answer that makes no sense, after which the device is not used any more.
+ * Returns 0; -ENODEV or -ESTALE where there is no answer and will not be one; -ECANCELED for a
+ * request that the device never saw; -EPROTO for an answer that makes no sense, after which the
+ * device is not used any more.
  */
 int vtee_req_answer(struct vtee_req *req, struct vtee_answer *answer)
 {
@@ -317,7 +322,9 @@ nonsense:
 	return -EPROTO;
 }
 
-/* Wait for a request that was sent; what has not been returned then will be finished by the driver. */
+/*
+ * Wait for a request that was sent; what has not been returned then will be finished by the driver.
+ */
 static int vtee_req_wait(struct vtee_req *req, unsigned int state, long timeout)
 {
 	struct vtee *vt = req->vt;
@@ -342,7 +349,7 @@ static int vtee_req_wait(struct vtee_req *req, unsigned int state, long timeout)
 
 /**
  * vtee_req_call() - send a request and wait for its answer
- * @req:	with a @finish if something is to be done when the device returns it after the caller has gone
+ * @req:	its @finish is called if the device returns it after the caller has gone
  * @answer:	filled in if 0 is returned
  *
  * Only a signal that kills ends the wait early: a call must not be made twice because of a signal.
@@ -388,14 +395,15 @@ void vtee_cancel_tag(struct vtee *vt, struct vtee_ctx *ctx, u64 tag)
 	vtee_req_post(req, vtee_nothing);
 }
 
-static struct vtee_req *vtee_find_call(struct vtee *vt, struct vtee_ctx *ctx, u32 session, u32 cancel_id)
+static struct vtee_req *vtee_find_call(struct vtee *vt, struct vtee_ctx *ctx, u32 session,
+				       u32 cancel_id)
 {
 	struct vtee_req *req;
 	int bucket;
 
 	hash_for_each(vt->in_flight, bucket, req, hash)
-		if (vtee_is_call(req) && req->ctx == ctx && req->session == session && req->cancel_id == cancel_id &&
-		    !req->cancelled && !req->orphan)
+		if (vtee_is_call(req) && req->ctx == ctx && req->session == session &&
+		    req->cancel_id == cancel_id && !req->cancelled && !req->orphan)
 			return req;
 	return NULL;
 }
@@ -415,7 +423,7 @@ bool vtee_req_cancel(struct vtee *vt, struct vtee_ctx *ctx, u32 session, u32 can
 			req->cancelled = true;
 			tag = req->tag;
 			sent = req->state == VTEE_SENT;
-			if (!sent) {	/* the device has not seen it */
+			if (!sent) { /* the device has not seen it */
 				list_del_init(&req->link);
 				req->error = -ECANCELED;
 				vtee_returned(vt, req);
@@ -445,7 +453,10 @@ bool vtee_epoch_in_flight(struct vtee *vt, u64 epoch)
 	return found;
 }
 
-/* Nobody waits any longer for what was asked for in other epochs than @epoch; the device still returns it. */
+/*
+ * Nobody waits any longer for what was asked for in other epochs than @epoch; the device still
+ * returns it.
+ */
 void vtee_abandon_epoch(struct vtee *vt, u64 epoch)
 {
 	struct hlist_node *next;
@@ -532,10 +543,14 @@ static int vtee_try_queues(struct vtee *vt, unsigned int num_request)
 	return 0;
 }
 
-/* One request queue for each CPU; fewer where the hypervisor has been told to make fewer than the device could serve. */
+/*
+ * One request queue for each CPU; fewer where the hypervisor has been told to make fewer than the
+ * device could serve.
+ */
 int vtee_find_queues(struct vtee *vt)
 {
-	unsigned int count = min3(vt->config_queues, num_online_cpus(), (unsigned int)VTEE_MAX_REQUEST_QUEUES);
+	unsigned int count =
+		min3(vt->config_queues, num_online_cpus(), (unsigned int)VTEE_MAX_REQUEST_QUEUES);
 	int rc;
 
 	do {

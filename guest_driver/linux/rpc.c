@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What the TEE asks of the guest. Some of it the driver answers itself, all else goes to the supplicant. An RPC is here
- * until it was answered, withdrawn, or its epoch ends.
+ * What the TEE asks of the guest. Some of it the driver answers itself, all else goes to the
+ * supplicant. An RPC is here until it was answered, withdrawn, or its epoch ends.
  */
 #include <linux/jiffies.h>
 #include <linux/slab.h>
@@ -9,8 +9,8 @@
 
 #include "virtio_tee.h"
 
-#define VTEE_NOTIFICATION_WAIT	0
-#define VTEE_NOTIFICATION_SEND	1
+#define VTEE_NOTIFICATION_WAIT 0
+#define VTEE_NOTIFICATION_SEND 1
 
 static void vtee_rpc_free(struct vtee *vt, struct vtee_rpc *rpc)
 {
@@ -50,8 +50,8 @@ static void vtee_rpc_answered(struct vtee_req *req)
  *
  * Where there is no memory for an answer, the device's deadline is the answer.
  */
-void vtee_rpc_answer(struct vtee *vt, struct vtee_rpc *rpc, u32 ret, const struct vtee_param *params,
-		     unsigned int count)
+void vtee_rpc_answer(struct vtee *vt, struct vtee_rpc *rpc, u32 ret,
+		     const struct vtee_param *params, unsigned int count)
 {
 	bool lends = rpc->command == VTEE_RPC_SHM_ALLOC && ret == TEEC_SUCCESS;
 	struct vtee_rpc_reply *body;
@@ -59,7 +59,8 @@ void vtee_rpc_answer(struct vtee *vt, struct vtee_rpc *rpc, u32 ret, const struc
 
 	if (ret != TEEC_SUCCESS && ret != TEEC_ERROR_SHORT_BUFFER)
 		count = 0;
-	req = vtee_req_alloc(vt, NULL, VTEE_REQUEST_RPC_REPLY, sizeof(*body) + count * sizeof(*params), 0, 0);
+	req = vtee_req_alloc(vt, NULL, VTEE_REQUEST_RPC_REPLY,
+			     sizeof(*body) + count * sizeof(*params), 0, 0);
 	if (req) {
 		req->epoch = rpc->epoch;
 		body = vtee_req_body(req);
@@ -256,7 +257,7 @@ static void vtee_rpc_shm_free(struct vtee *vt, struct vtee_rpc *rpc)
 
 static void vtee_rpc_dispatch(struct vtee *vt, struct vtee_rpc *rpc, u32 target)
 {
-	if (target != VTEE_TARGET_SUPPLICANT) {	/* this driver knows no handlers of clients */
+	if (target != VTEE_TARGET_SUPPLICANT) { /* this driver knows no handlers of clients */
 		vtee_rpc_unserved(vt, rpc);
 		return;
 	}
@@ -342,9 +343,11 @@ static bool vtee_rpc_makes_sense(struct vtee *vt, const struct vtee_rpc_event *e
 	if (count > vt->max_params || size != sizeof(*event) + count * sizeof(*param))
 		return false;
 	for (i = 0; i < count; i++)
-		if (!vtee_rpc_param_ok(&param[i]) && le32_to_cpu(event->target) == VTEE_TARGET_SUPPLICANT)
+		if (!vtee_rpc_param_ok(&param[i]) &&
+		    le32_to_cpu(event->target) == VTEE_TARGET_SUPPLICANT)
 			return false;
-	return event->rpc && !xa_load(&vt->rpcs, le32_to_cpu(event->rpc)) && vt->num_rpcs < vt->max_rpcs;
+	return event->rpc && !xa_load(&vt->rpcs, le32_to_cpu(event->rpc)) &&
+	       vt->num_rpcs < vt->max_rpcs;
 }
 
 static struct vtee_rpc *vtee_rpc_alloc(struct vtee *vt, const struct vtee_rpc_event *event)
@@ -389,7 +392,7 @@ void vtee_rpc_event(struct vtee *vt, const void *data, size_t size)
 		dev_warn_ratelimited(&vt->vdev->dev, "no memory for an RPC\n");
 	else if (rpc->command == VTEE_RPC_SHM_FREE || vtee_rpc_hold(vt, rpc))
 		vtee_rpc_dispatch(vt, rpc, le32_to_cpu(event->target));
-	else	/* perhaps it was there when the event was written */
+	else /* perhaps it was there when the event was written */
 		vtee_rpc_answer(vt, rpc, TEEC_ERROR_BAD_PARAMETERS, NULL, 0);
 	mutex_unlock(&vt->rpc_lock);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Shared memory. A region is what the device knows of a tee_shm. Its pages are the driver's as well, so that they stay
- * when the client has gone and the device has not let go of them yet.
+ * Shared memory. A region is what the device knows of a tee_shm. Its pages are the driver's as
+ * well, so that they stay when the client has gone and the device has not let go of them yet.
  */
 #include <linux/dma-mapping.h>
 #include <linux/mm.h>
@@ -95,7 +95,8 @@ static void vtee_region_end(struct vtee_region *region)
 	spin_unlock(&vt->parked_lock);
 	/* Without memory for the request, the region ends with its context. */
 	if (!closing)
-		req = vtee_req_alloc(vt, region->ctx, VTEE_REQUEST_UNREGISTER_MEMORY, sizeof(*body), 0, 0);
+		req = vtee_req_alloc(vt, region->ctx, VTEE_REQUEST_UNREGISTER_MEMORY, sizeof(*body),
+				     0, 0);
 	if (!req) {
 		vtee_park(vt, region);
 		return;
@@ -157,7 +158,8 @@ struct vtee_region *vtee_region_of(struct tee_shm *shm)
 }
 
 /* A response to REGISTER_MEMORY: has the region an id now? */
-static int vtee_region_opened(struct vtee_req *req, const struct vtee_answer *answer, struct vtee_region *region)
+static int vtee_region_opened(struct vtee_req *req, const struct vtee_answer *answer,
+			      struct vtee_region *region)
 {
 	const struct vtee_register_response *body = answer->body;
 	void *old;
@@ -174,7 +176,7 @@ static int vtee_region_opened(struct vtee_req *req, const struct vtee_answer *an
 		return -EIO;
 	}
 	region->id = le32_to_cpu(body->region);
-	if (!region->id != (answer->ret != TEEC_SUCCESS)) {
+	if (!region->id != !!answer->ret) {
 		vtee_break(req->vt, "it gave a wrong id to a region");
 		return -EPROTO;
 	}
@@ -197,7 +199,7 @@ static void vtee_region_refused(struct vtee_req *req, struct vtee_region *region
 		vtee_region_unuse(region);
 	else if (req->state == VTEE_NEW || rc == -EIO || rc == -ENOSPC || rc == -ENOMEM)
 		vtee_region_release(region);
-	else	/* the device may have taken it, and lost its state since */
+	else /* the device may have taken it, and lost its state since */
 		vtee_park(req->vt, region);
 }
 
@@ -214,7 +216,9 @@ static void vtee_register_orphaned(struct vtee_req *req)
 	vtee_region_refused(req, region, rc);
 }
 
-/* The ranges, in as many pieces as their number takes. Returns -E2BIG beyond the device's limits. */
+/*
+ * The ranges, in as many pieces as their number takes. Returns -E2BIG beyond the device's limits.
+ */
 static int vtee_register_ranges(struct vtee_req *req, struct vtee_region *region)
 {
 	const unsigned int per_chunk = VTEE_CHUNK / sizeof(struct vtee_memory_range);
@@ -249,8 +253,8 @@ static int vtee_register_ranges(struct vtee_req *req, struct vtee_region *region
 	return 0;
 }
 
-static struct vtee_region *vtee_region_alloc(struct vtee_ctx *ctx, struct tee_shm *shm, struct page **pages,
-					     size_t num_pages)
+static struct vtee_region *vtee_region_alloc(struct vtee_ctx *ctx, struct tee_shm *shm,
+					     struct page **pages, size_t num_pages)
 {
 	struct vtee *vt = ctx->vt;
 	struct vtee_region *region;
@@ -267,14 +271,17 @@ static struct vtee_region *vtee_region_alloc(struct vtee_ctx *ctx, struct tee_sh
 	region->epoch = ctx->epoch;
 	region->shm_id = -1;
 	/* Exactly the bytes that the client shares, and not those beside them in the same pages. */
-	if (sg_alloc_table_from_pages(&region->sgt, pages, num_pages, shm->offset, shm->size, GFP_KERNEL))
+	if (sg_alloc_table_from_pages(&region->sgt, pages, num_pages, shm->offset, shm->size,
+				      GFP_KERNEL))
 		goto err_free;
 	if (vtee_dma(vt)) {
 		if (dma_map_sgtable(vt->vdev->dev.parent, &region->sgt, DMA_BIDIRECTIONAL, 0))
 			goto err_table;
 		region->mapped = true;
 	}
-	/* Memory of the kernel's own clients may be a part of a slab, whose pages cannot be held. */
+	/*
+	 * Memory of the kernel's own clients may be a part of a slab, whose pages cannot be held.
+	 */
 	region->holds_pages = shm->flags & (TEE_SHM_USER_MAPPED | TEE_SHM_POOL);
 	if (region->holds_pages)
 		for (i = 0; i < num_pages; i++)
@@ -290,8 +297,8 @@ err_free:
 	return NULL;
 }
 
-int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page **pages, size_t num_pages,
-		      unsigned long start)
+int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page **pages,
+		      size_t num_pages, unsigned long start)
 {
 	struct vtee_ctx *ctx = tctx->data;
 	struct vtee *vt = ctx->vt;
@@ -309,7 +316,8 @@ int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page
 	region = vtee_region_alloc(ctx, shm, pages, num_pages);
 	if (!region)
 		return -ENOMEM;
-	req = vtee_req_alloc(vt, ctx, VTEE_REQUEST_REGISTER_MEMORY, sizeof(struct vtee_register_memory), 0,
+	req = vtee_req_alloc(vt, ctx, VTEE_REQUEST_REGISTER_MEMORY,
+			     sizeof(struct vtee_register_memory), 0,
 			     sizeof(struct vtee_register_response));
 	if (!req) {
 		vtee_region_release(region);
@@ -363,7 +371,8 @@ int vtee_shm_unregister(struct tee_context *tctx, struct tee_shm *shm)
 
 /* -- memory that the TEE core asks for */
 
-static int vtee_pool_alloc(struct tee_shm_pool *pool, struct tee_shm *shm, size_t size, size_t align)
+static int vtee_pool_alloc(struct tee_shm_pool *pool, struct tee_shm *shm, size_t size,
+			   size_t align)
 {
 	size_t i, count = size / PAGE_SIZE + !!(size % PAGE_SIZE);
 	struct page **pages;

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The supplicant: one process at a time that has /dev/teeprivN open. It gets RPCs in the form that OP-TEE's driver gives
- * them, so that OP-TEE's tee-supplicant serves them: memory is named by the id of a tee_shm of its own.
+ * The supplicant: one process at a time that has /dev/teeprivN open. It gets RPCs in the form that
+ * OP-TEE's driver gives them, so that OP-TEE's tee-supplicant serves them: memory is named by the
+ * id of a tee_shm of its own.
  */
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 
 #include "virtio_tee.h"
 
-#define VTEE_META	(TEE_IOCTL_PARAM_ATTR_TYPE_VALUE_INOUT | TEE_IOCTL_PARAM_ATTR_META)
+#define VTEE_META (TEE_IOCTL_PARAM_ATTR_TYPE_VALUE_INOUT | TEE_IOCTL_PARAM_ATTR_META)
 
 struct vtee_supp_req {
 	struct list_head link;
 	int id;
 	u32 func;
-	struct vtee_rpc *rpc;		/* NULL once nobody wants the answer */
+	struct vtee_rpc *rpc; /* NULL once nobody wants the answer */
 	unsigned int num_params;
 	struct tee_param param[];
 };
@@ -107,9 +108,9 @@ static struct vtee_supp_req *vtee_supp_queue(struct vtee_supp *supp, u32 func, s
 }
 
 /*
- * The TEE core reads the id of a tee_shm after supp_recv() has returned. The tee_shm itself must not be held for that:
- * it would hold the supplicant's context, and nobody would learn of its death. So the core gets one that has nothing
- * but the id, and stays until the supplicant goes.
+ * The TEE core reads the id of a tee_shm after supp_recv() has returned. The tee_shm itself must
+ * not be held for that: it would hold the supplicant's context, and nobody would learn of its
+ * death. So the core gets one that has nothing but the id, and stays until the supplicant goes.
  */
 static struct tee_shm *vtee_supp_stand_in(struct vtee_supp *supp, int id)
 {
@@ -128,8 +129,8 @@ static struct tee_shm *vtee_supp_stand_in(struct vtee_supp *supp, int id)
 	return shm;
 }
 
-static bool vtee_supp_param(struct vtee_supp *supp, struct tee_param *param, const struct vtee_param *wire,
-			    const struct vtee_region *region)
+static bool vtee_supp_param(struct vtee_supp *supp, struct tee_param *param,
+			    const struct vtee_param *wire, const struct vtee_region *region)
 {
 	param->attr = le64_to_cpu(wire->attr);
 	switch (param->attr) {
@@ -160,7 +161,8 @@ static bool vtee_supp_ask_alloc(struct vtee_supp *supp, struct vtee_rpc *rpc)
 	struct vtee_supp_req *req;
 	u64 type;
 
-	if (rpc->num_params != 1 || le64_to_cpu(rpc->param[0].attr) != TEE_IOCTL_PARAM_ATTR_TYPE_VALUE_INPUT)
+	if (rpc->num_params != 1 ||
+	    le64_to_cpu(rpc->param[0].attr) != TEE_IOCTL_PARAM_ATTR_TYPE_VALUE_INPUT)
 		return false;
 	type = le64_to_cpu(rpc->param[0].a);
 	if (type != VTEE_SHM_APPLICATION && type != VTEE_SHM_GLOBAL)
@@ -241,7 +243,10 @@ void vtee_supp_forget(struct vtee *vt, struct vtee_rpc *rpc)
 
 /* -- the system calls */
 
-/* As OP-TEE's driver: all empty, and the first one META where the supplicant can do several at a time. */
+/*
+ * As OP-TEE's driver: all empty, and the first one META where the supplicant can do several at a
+ * time.
+ */
 static int vtee_supp_check_recv(u32 num_params, struct tee_param *params)
 {
 	int rc = num_params ? 0 : -EINVAL;
@@ -289,14 +294,15 @@ int vtee_supp_recv(struct tee_context *tctx, u32 *func, u32 *num_params, struct 
 		return rc;
 	meta = params[0].attr == TEE_IOCTL_PARAM_ATTR_META;
 	for (;;) {
-		rc = wait_event_interruptible(supp->wait, !list_empty(&supp->queued) || READ_ONCE(vt->dead));
+		rc = wait_event_interruptible(supp->wait,
+					      !list_empty(&supp->queued) || READ_ONCE(vt->dead));
 		if (rc)
 			return rc;
 		mutex_lock(&vt->rpc_lock);
 		if (READ_ONCE(vt->dead))
 			rc = -ENODEV;
 		else if (supp->in_hand >= 0)
-			rc = -EINVAL;	/* it has not answered what it has got */
+			rc = -EINVAL; /* it has not answered what it has got */
 		req = rc ? NULL : vtee_supp_next(vt, *num_params - meta);
 		if (rc || req)
 			break;
@@ -319,9 +325,11 @@ int vtee_supp_recv(struct tee_context *tctx, u32 *func, u32 *num_params, struct 
 	return rc;
 }
 
-/* Which request is it that the supplicant answers? It is in its hands no more. With rpc_lock held. */
-static struct vtee_supp_req *vtee_supp_answered(struct vtee_supp *supp, u32 num_params, const struct tee_param *params,
-						u32 *meta)
+/*
+ * Which request is it that the supplicant answers? It is in its hands no more. With rpc_lock held.
+ */
+static struct vtee_supp_req *vtee_supp_answered(struct vtee_supp *supp, u32 num_params,
+						const struct tee_param *params, u32 *meta)
 {
 	struct vtee_supp_req *req;
 	u64 id = supp->in_hand;
@@ -343,7 +351,8 @@ static struct vtee_supp_req *vtee_supp_answered(struct vtee_supp *supp, u32 num_
 }
 
 /* The region of the memory that answers a SHM_ALLOC, in use; NULL if it is none. */
-static struct vtee_region *vtee_supp_allocated(struct tee_context *tctx, const struct tee_param *param)
+static struct vtee_region *vtee_supp_allocated(struct tee_context *tctx,
+					       const struct tee_param *param)
 {
 	struct vtee_region *region;
 	struct tee_shm *shm;
@@ -367,11 +376,12 @@ static bool vtee_supp_memory_fits(const struct vtee_rpc *rpc, const struct vtee_
 {
 	u64 align = le64_to_cpu(rpc->param[0].c) ?: 1;
 
-	return le64_to_cpu(rpc->param[0].b) <= region->size && is_power_of_2(align) && align <= PAGE_SIZE &&
-	       IS_ALIGNED(region->sgt.sgl->offset, align);
+	return le64_to_cpu(rpc->param[0].b) <= region->size && is_power_of_2(align) &&
+	       align <= PAGE_SIZE && IS_ALIGNED(region->sgt.sgl->offset, align);
 }
 
-static void vtee_supp_take_memory(struct vtee *vt, struct vtee_supp_req *req, u32 ret, struct vtee_region *region)
+static void vtee_supp_take_memory(struct vtee *vt, struct vtee_supp_req *req, u32 ret,
+				  struct vtee_region *region)
 {
 	struct vtee_rpc *rpc = req->rpc;
 
@@ -387,7 +397,8 @@ static void vtee_supp_take_memory(struct vtee *vt, struct vtee_supp_req *req, u3
 		vtee_supp_free(vt, region->shm_id, req->param[0].u.value.a, NULL);
 }
 
-static void vtee_supp_take_other(struct vtee *vt, struct vtee_supp_req *req, u32 ret, const struct tee_param *params)
+static void vtee_supp_take_other(struct vtee *vt, struct vtee_supp_req *req, u32 ret,
+				 const struct tee_param *params)
 {
 	struct vtee_rpc *rpc = req->rpc;
 	struct vtee_param *wire = rpc->param;
@@ -408,7 +419,8 @@ static void vtee_supp_take_other(struct vtee *vt, struct vtee_supp_req *req, u32
 		case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_OUTPUT:
 		case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT:
 			/* OP-TEE's supplicant says so by the size alone. */
-			if (rpc->region[i] && params[i].u.memref.size > le64_to_cpu(wire[i].b) && !ret)
+			if (rpc->region[i] && params[i].u.memref.size > le64_to_cpu(wire[i].b) &&
+			    !ret)
 				ret = TEEC_ERROR_SHORT_BUFFER;
 			wire[i].b = cpu_to_le64(params[i].u.memref.size);
 			break;

@@ -18,36 +18,36 @@
 #include "wire.h"
 
 /* GlobalPlatform's result codes and origins, as far as the driver gives them itself. */
-#define TEEC_SUCCESS			0x00000000
-#define TEEC_ERROR_CANCEL		0xffff0002
-#define TEEC_ERROR_BAD_PARAMETERS	0xffff0006
-#define TEEC_ERROR_ITEM_NOT_FOUND	0xffff0008
-#define TEEC_ERROR_NOT_SUPPORTED	0xffff000a
-#define TEEC_ERROR_OUT_OF_MEMORY	0xffff000c
-#define TEEC_ERROR_COMMUNICATION	0xffff000e
-#define TEEC_ERROR_SHORT_BUFFER		0xffff0010
-#define TEE_ERROR_TIMEOUT		0xffff3001
-#define TEEC_ERROR_TARGET_DEAD		0xffff3024
-#define TEEC_ORIGIN_API			1
-#define TEEC_ORIGIN_COMMS		2
+#define TEEC_SUCCESS 0x00000000
+#define TEEC_ERROR_CANCEL 0xffff0002
+#define TEEC_ERROR_BAD_PARAMETERS 0xffff0006
+#define TEEC_ERROR_ITEM_NOT_FOUND 0xffff0008
+#define TEEC_ERROR_NOT_SUPPORTED 0xffff000a
+#define TEEC_ERROR_OUT_OF_MEMORY 0xffff000c
+#define TEEC_ERROR_COMMUNICATION 0xffff000e
+#define TEEC_ERROR_SHORT_BUFFER 0xffff0010
+#define TEE_ERROR_TIMEOUT 0xffff3001
+#define TEEC_ERROR_TARGET_DEAD 0xffff3024
+#define TEEC_ORIGIN_API 1
+#define TEEC_ORIGIN_COMMS 2
 
-#define VTEE_MAX_PARAMS			128	/* of one request or RPC, whatever the device allows */
-#define VTEE_MAX_EVENT_SIZE		SZ_64K
-#define VTEE_MAX_RPCS			1024
-#define VTEE_MAX_NOTIFICATIONS		256	/* values below this can be waited for */
-#define VTEE_MAX_REQUEST_QUEUES		8
-#define VTEE_RESERVE			16	/* descriptors that calls leave to other requests */
-#define VTEE_CHUNK			SZ_32K	/* a longer tail of a request is sent in pieces */
-#define VTEE_MAX_CHUNKS			16
-#define VTEE_CLOSE_TIMEOUT		(5 * HZ)
+#define VTEE_MAX_PARAMS 128 /* of one request or RPC, whatever the device allows */
+#define VTEE_MAX_EVENT_SIZE SZ_64K
+#define VTEE_MAX_RPCS 1024
+#define VTEE_MAX_NOTIFICATIONS 256 /* values below this can be waited for */
+#define VTEE_MAX_REQUEST_QUEUES 8
+#define VTEE_RESERVE 16 /* descriptors that calls leave to other requests */
+#define VTEE_CHUNK SZ_32K /* a longer tail of a request is sent in pieces */
+#define VTEE_MAX_CHUNKS 16
+#define VTEE_CLOSE_TIMEOUT (5 * HZ)
 
 struct vtee_supp {
 	/* the rest is guarded by rpc_lock */
-	struct tee_context *ctx;	/* the supplicant's, or NULL */
+	struct tee_context *ctx; /* the supplicant's, or NULL */
 	struct list_head queued;
 	struct idr requests;
-	int in_hand;			/* of a supplicant that does one at a time, or -1 */
-	struct xarray stand_ins;	/* for the TEE core, by shm id */
+	int in_hand; /* of a supplicant that does one at a time, or -1 */
+	struct xarray stand_ins; /* for the TEE core, by shm id */
 	wait_queue_head_t wait;
 };
 
@@ -74,37 +74,37 @@ struct vtee {
 	struct virtqueue *request[VTEE_MAX_REQUEST_QUEUES];
 	unsigned int num_request;
 
-	spinlock_t lock;		/* control and request queues, and what follows */
+	spinlock_t lock; /* control and request queues, and what follows */
 	u64 epoch;
 	u64 next_tag;
-	bool dead;			/* nothing is sent any more */
-	unsigned int calls;		/* that the device has */
-	unsigned int owed;		/* answers to RPCs that the device has not returned */
+	bool dead; /* nothing is sent any more */
+	unsigned int calls; /* that the device has */
+	unsigned int owed; /* answers to RPCs that the device has not returned */
 	unsigned int next_queue;
 	struct list_head waiting_controls;
 	struct list_head waiting_others;
 	struct list_head waiting_calls;
-	struct list_head finished;	/* requests for which nobody waits */
+	struct list_head finished; /* requests for which nobody waits */
 	DECLARE_HASHTABLE(in_flight, 8);
 
 	struct work_struct finish_work;
 	struct work_struct event_work;
 	struct work_struct epoch_work;
 	struct work_struct break_work;
-	struct mutex life_lock;		/* stopping the device */
-	struct mutex epoch_lock;	/* looking for a new epoch */
+	struct mutex life_lock; /* stopping the device */
+	struct mutex epoch_lock; /* looking for a new epoch */
 	bool running;
 
-	struct xarray regions;		/* by id */
+	struct xarray regions; /* by id */
 	spinlock_t parked_lock;
-	struct list_head parked;	/* regions that the device may still use */
+	struct list_head parked; /* regions that the device may still use */
 
 	void *event_copy;
 
-	struct mutex rpc_lock;		/* all that follows */
-	struct xarray rpcs;		/* by id */
+	struct mutex rpc_lock; /* all that follows */
+	struct xarray rpcs; /* by id */
 	unsigned int num_rpcs;
-	struct list_head timed;		/* RPCs that the driver answers at some time */
+	struct list_head timed; /* RPCs that the driver answers at some time */
 	struct delayed_work timer;
 	struct list_head lent;
 	DECLARE_BITMAP(notified, VTEE_MAX_NOTIFICATIONS);
@@ -117,17 +117,17 @@ struct vtee_ctx {
 	struct vtee *vt;
 	u32 id;
 	u64 epoch;
-	bool closing;			/* guarded by parked_lock */
-	bool closed;			/* likewise */
+	bool closing; /* guarded by parked_lock */
+	bool closed; /* likewise */
 	bool privileged;
-	atomic_t requests;		/* in flight */
-	struct mutex open_lock;		/* the supplicant's context is opened again after a loss of state */
+	atomic_t requests; /* in flight */
+	struct mutex open_lock; /* the supplicant's context is opened again after a loss of state */
 };
 
 /* A registration with the device. Its pages stay until the device has let go of them. */
 struct vtee_region {
 	struct kref ref;
-	refcount_t users;		/* the tee_shm, calls, RPCs: unregistered when the last has gone */
+	refcount_t users; /* the tee_shm, calls, RPCs: unregistered when the last has gone */
 	struct vtee_ctx *ctx;
 	u64 epoch;
 	u32 id;
@@ -148,7 +148,10 @@ struct vtee_req {
 	struct hlist_node hash;
 	struct list_head link;
 	struct completion done;
-	/* In process context, once the device has returned it (or is gone), if nobody waits for it any more. */
+	/*
+	 * In process context, once the device has returned it (or is gone), if nobody waits for it
+	 * any more.
+	 */
 	void (*finish)(struct vtee_req *req);
 	void *data;
 	u64 tag;
@@ -164,7 +167,7 @@ struct vtee_req {
 	void *out;
 	size_t out_len;
 	void *in;
-	void *answer;			/* a copy of @in that the device cannot change */
+	void *answer; /* a copy of @in that the device cannot change */
 	size_t in_len;
 	void *chunk[VTEE_MAX_CHUNKS];
 	size_t chunk_len[VTEE_MAX_CHUNKS];
@@ -177,7 +180,7 @@ struct vtee_answer {
 	u32 status;
 	u32 ret;
 	u32 origin;
-	const void *body;		/* NULL unless the status is OK */
+	const void *body; /* NULL unless the status is OK */
 };
 
 /* What the TEE asks of the guest. */
@@ -188,18 +191,18 @@ struct vtee_rpc {
 	u64 call;
 	u32 id;
 	u32 command;
-	u32 notification;		/* that it waits for, or VTEE_MAX_NOTIFICATIONS */
+	u32 notification; /* that it waits for, or VTEE_MAX_NOTIFICATIONS */
 	struct vtee_supp_req *supp;
 	unsigned int num_params;
-	struct vtee_region **region;	/* one place for each parameter */
-	struct vtee_param param[];	/* as in the event */
+	struct vtee_region **region; /* one place for each parameter */
+	struct vtee_param param[]; /* as in the event */
 };
 
 /* Memory of the supplicant's that answered a SHM_ALLOC. */
 struct vtee_lent {
 	struct list_head link;
 	struct vtee_region *region;
-	u64 call;			/* after which the TEE does not use it any more; 0: not known */
+	u64 call; /* after which the TEE does not use it any more; 0: not known */
 	u32 rpc;
 	u32 type;
 };
@@ -246,16 +249,17 @@ void vtee_ctx_put(struct vtee_ctx *ctx);
 int vtee_ctx_revive(struct vtee_ctx *ctx);
 
 /* params.c */
-int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct tee_param *params, unsigned int count);
-int vtee_params_in(struct vtee_req *req, const struct vtee_param *wire, struct tee_param *params, unsigned int count,
-		   u32 ret);
+int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct tee_param *params,
+		    unsigned int count);
+int vtee_params_in(struct vtee_req *req, const struct vtee_param *wire, struct tee_param *params,
+		   unsigned int count, u32 ret);
 void vtee_params_sync_cpu(struct vtee_req *req);
 void vtee_params_done(struct vtee_req *req);
 
 /* shm.c */
 extern const struct tee_shm_pool_ops vtee_pool_ops;
-int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page **pages, size_t num_pages,
-		      unsigned long start);
+int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page **pages,
+		      size_t num_pages, unsigned long start);
 int vtee_shm_unregister(struct tee_context *tctx, struct tee_shm *shm);
 struct vtee_region *vtee_region_of(struct tee_shm *shm);
 struct vtee_region *vtee_region_find(struct vtee *vt, u64 id);
@@ -275,8 +279,8 @@ void vtee_rpc_event(struct vtee *vt, const void *data, size_t size);
 void vtee_rpc_withdrawn(struct vtee *vt, const void *data, size_t size);
 void vtee_notification(struct vtee *vt, const void *data, size_t size);
 void vtee_rpc_timer(struct work_struct *work);
-void vtee_rpc_answer(struct vtee *vt, struct vtee_rpc *rpc, u32 ret, const struct vtee_param *params,
-		     unsigned int count);
+void vtee_rpc_answer(struct vtee *vt, struct vtee_rpc *rpc, u32 ret,
+		     const struct vtee_param *params, unsigned int count);
 void vtee_rpc_gone(struct vtee *vt, struct vtee_rpc *rpc);
 void vtee_rpcs_forget(struct vtee *vt);
 

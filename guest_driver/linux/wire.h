@@ -8,9 +8,9 @@
 
 #include <linux/types.h>
 
-#define VTEE_DEVICE_ID			46
-#define VTEE_MAGIC			0x45455456
-#define VTEE_VERSION_MAJOR		0
+#define VTEE_DEVICE_ID 46
+#define VTEE_MAGIC 0x45455456
+#define VTEE_VERSION_MAJOR 0
 
 enum vtee_queue {
 	VTEE_QUEUE_CONTROL = 0,
@@ -97,9 +97,9 @@ enum vtee_shm_type {
 };
 
 /* Parameter types are those of TEE_IOCTL_PARAM_ATTR_TYPE_*. */
-#define VTEE_PARAM_TYPE_MASK		0xff
-#define VTEE_PARAM_META			0x100
-#define VTEE_NULL_REGION		0xffffffffffffffffULL
+#define VTEE_PARAM_TYPE_MASK 0xff
+#define VTEE_PARAM_META 0x100
+#define VTEE_NULL_REGION 0xffffffffffffffffULL
 
 struct vtee_config {
 	__le32 magic;

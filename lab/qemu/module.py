@@ -16,6 +16,9 @@ from lab.run import output
 SOURCES = REPO / "guest_driver" / "linux"
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers -Werror"
 RECIPE = 1
+KERNEL_SOURCE = "linux-source-6.12"
+# The module is built for several kernels, which is nothing that the kernel's own tree would do.
+CHECKPATCH = ("--no-tree", "--strict", "--terse", "--ignore", "LINUX_VERSION_CODE,CONSTANT_COMPARISON")
 
 
 def headers(release: str) -> Path:
@@ -64,3 +67,25 @@ def ensure_module(image: GuestImage, source: Path = SOURCES) -> Path:
 
     folder = build_once("guest-module", key, make)
     return next(folder.glob("*.ko"))
+
+
+def _checkpatch() -> Path:
+    """The kernel's scripts/checkpatch.pl, with the files that it reads."""
+    deb = Apt(KERNEL_SUITE).debs([KERNEL_SOURCE])[KERNEL_SOURCE]
+
+    def make(new: Path) -> None:
+        with scratch("linux-source") as folder:
+            say(f"taking checkpatch.pl out of {deb.name}")
+            unpack_deb(deb, folder)
+            tarball = next(folder.glob("usr/src/*.tar.xz"))
+            names = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch")
+            wanted = [f"{KERNEL_SOURCE}/scripts/{name}" for name in names]
+            output(["tar", "-C", new, "-xJf", tarball, "--strip-components=2", *wanted])
+
+    return build_once("kernel-checkpatch", deb.parent.name[:16], make) / "checkpatch.pl"
+
+
+def checkpatch(source: Path = SOURCES) -> str:
+    """What the kernel's checkpatch.pl says of the module; LabError if it has anything to say."""
+    files = sorted(p for p in source.iterdir() if p.suffix in (".c", ".h") or p.name in ("Kbuild", "Makefile"))
+    return "".join(output(["perl", _checkpatch(), *CHECKPATCH, "-f", path]) for path in files)

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A client on the bare ioctls of /dev/tee0. Prints one line for each thing it did: a name, then what came of it. */
+/*
+ * A client on the bare ioctls of /dev/tee0. Prints one line for each thing it did: a name, then
+ * what came of it.
+ */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/tee.h>
@@ -23,12 +26,14 @@ enum { ADD = 1, XOR = 2, WAIT = 4, SHORT = 5, PANIC = 6, ECHO = 7, FAIL = 9 };
 
 union open_arg {
 	struct tee_ioctl_open_session_arg arg;
-	uint8_t room[sizeof(struct tee_ioctl_open_session_arg) + MAX_PARAMS * sizeof(struct tee_ioctl_param)];
+	uint8_t room[sizeof(struct tee_ioctl_open_session_arg) +
+		     MAX_PARAMS * sizeof(struct tee_ioctl_param)];
 };
 
 union invoke_arg {
 	struct tee_ioctl_invoke_arg arg;
-	uint8_t room[sizeof(struct tee_ioctl_invoke_arg) + MAX_PARAMS * sizeof(struct tee_ioctl_param)];
+	uint8_t room[sizeof(struct tee_ioctl_invoke_arg) +
+		     MAX_PARAMS * sizeof(struct tee_ioctl_param)];
 };
 
 static int fd;
@@ -52,10 +57,12 @@ static uint32_t open_session(const uint8_t *uuid, uint32_t login, uint32_t *ret)
 	return room.arg.session;
 }
 
-static uint32_t invoke(uint32_t session, uint32_t func, struct tee_ioctl_param *params, uint32_t count, uint32_t *origin)
+static uint32_t invoke(uint32_t session, uint32_t func, struct tee_ioctl_param *params,
+		       uint32_t count, uint32_t *origin)
 {
 	union invoke_arg room = { 0 };
-	struct tee_ioctl_buf_data data = { (uintptr_t)&room, sizeof(room.arg) + count * sizeof(*params) };
+	struct tee_ioctl_buf_data data = { (uintptr_t)&room,
+					   sizeof(room.arg) + count * sizeof(*params) };
 
 	room.arg.session = session;
 	room.arg.func = func;
@@ -94,7 +101,8 @@ static void values(void)
 
 	printf("open_probe %#x\n", ret);
 	ret = invoke(session, ADD, params, 3, &origin);
-	printf("add %#x %u %llu %llu\n", ret, origin, (unsigned long long)params[1].c, (unsigned long long)params[2].c);
+	printf("add %#x %u %llu %llu\n", ret, origin, (unsigned long long)params[1].c,
+	       (unsigned long long)params[2].c);
 	params[0].a = 0x10000001;
 	ret = invoke(session, FAIL, params, 1, &origin);
 	printf("fail %#x %u\n", ret, origin);
@@ -111,7 +119,8 @@ static int xored(const uint8_t *data, size_t size, size_t offset, size_t part, u
 	return 1;
 }
 
-static void try_xor(const char *name, uint32_t session, int id, uint8_t *data, size_t size, size_t offset, size_t part)
+static void try_xor(const char *name, uint32_t session, int id, uint8_t *data, size_t size,
+		    size_t offset, size_t part)
 {
 	struct tee_ioctl_param params[] = {
 		memref(TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT, id, offset, part),
@@ -122,7 +131,8 @@ static void try_xor(const char *name, uint32_t session, int id, uint8_t *data, s
 	for (size_t i = 0; i < size; i++)
 		data[i] = i;
 	ret = invoke(session, XOR, params, 2, &origin);
-	printf("%s %#x %d %llu\n", name, ret, xored(data, size, offset, part, 0x55), (unsigned long long)params[0].b);
+	printf("%s %#x %d %llu\n", name, ret, xored(data, size, offset, part, 0x55),
+	       (unsigned long long)params[0].b);
 }
 
 static void memory(void)
@@ -139,7 +149,8 @@ static void memory(void)
 	if (shm < 0)
 		fail("shm_alloc");
 	theirs = mmap(NULL, alloc.size, PROT_READ | PROT_WRITE, MAP_SHARED, shm, 0);
-	printf("shm_alloc %llu %d\n", (unsigned long long)alloc.size, theirs[0] == 0 && theirs[alloc.size - 1] == 0);
+	printf("shm_alloc %llu %d\n", (unsigned long long)alloc.size,
+	       theirs[0] == 0 && theirs[alloc.size - 1] == 0);
 	try_xor("xor_allocated", session, alloc.id, theirs, alloc.size, 100, 5000);
 
 	params[0] = memref(TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_OUTPUT, alloc.id, 0, 10);
@@ -156,10 +167,13 @@ static void memory(void)
 	params[2] = memref(TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT, TEE_MEMREF_NULL, 0, 33);
 	params[3] = memref(TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT, alloc.id, 8, 0);
 	ret = invoke(session, ECHO, params, 4, &origin);
-	printf("echo %#x %llu %llu %llu\n", ret, (unsigned long long)params[0].a, (unsigned long long)params[0].b,
-	       (unsigned long long)params[0].c);
+	printf("echo %#x %llu %llu %llu\n", ret, (unsigned long long)params[0].a,
+	       (unsigned long long)params[0].b, (unsigned long long)params[0].c);
 
-	/* Our own, not aligned at either end; freed at once, it lives on in the device until the last use has ended. */
+	/*
+	 * Our own, not aligned at either end; freed at once, it lives on in the device until the
+	 * last use has ended.
+	 */
 	mine = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	reg = (struct tee_ioctl_shm_register_data){ (uintptr_t)mine + 123, size - 456, 0, 0 };
 	int own = ioctl(fd, TEE_IOC_SHM_REGISTER, &reg);
