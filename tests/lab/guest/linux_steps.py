@@ -186,5 +186,32 @@ def contexts():
     tell(count=count, refused=refused)
 
 
+def once():
+    """One call with a value and memory, as the device wants to have it answered."""
+    found = {}
+    try:
+        tee, answer = opened("probe")
+        found["session"] = describe(answer.code)
+        shm = tee.allocate(100)
+        done = tee.invoke(answer.session, NULL, [(7, 8, 10, shm.id), (3, 5, 6, 7)])
+        found["call"] = describe(done.code)
+        found["same"] = done.params == [(7, 8, 10, shm.id), (3, 5, 6, 7)]
+        more = tee.allocate(100)
+        more.close()
+        shm.close()
+        tee.close()
+    except OSError as error:
+        found["error"] = error.strerror
+    tell(**found)
+
+
+def stay():
+    """A call that the device never answers."""
+    tee, answer = opened("probe")
+    shm = tee.allocate(100)
+    print("holding", flush=True)
+    tee.invoke(answer.session, NULL, [(7, 8, 10, shm.id)])
+
+
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
 globals()[sys.argv[1]](*sys.argv[2:])
