@@ -18,6 +18,7 @@ from lab.qemu.guest import Guest
 from tests.lab.linux import bare_guest, complaints, step, told
 
 pytestmark = pytest.mark.lab
+requirement = pytest.mark.requirement
 
 DEVICE = Path(__file__).with_name("hostile_device.py")
 BROKEN = [
@@ -95,6 +96,7 @@ def hostile(booted: Hostile) -> Iterator[Hostile]:
 
 @pytest.mark.feature("Guests: Linux kernel driver, a device that breaks the rules")
 @pytest.mark.parametrize("how", BROKEN)
+@requirement("DRV-QUE-4", "DRV-PAR-1")
 def test_a_device_that_breaks_the_rules_is_not_used_any_more(hostile: Hostile, how: str) -> None:
     hostile.lie(how)
     found = told(hostile.guest, "once")
@@ -109,6 +111,7 @@ def test_a_device_that_breaks_the_rules_is_not_used_any_more(hostile: Hostile, h
 
 
 @pytest.mark.parametrize("how", ["events", "unknown status"])
+@requirement("DRV-EVT-2", "DRV-REQ-7")
 def test_what_a_driver_puts_up_with(hostile: Hostile, how: str) -> None:
     hostile.lie(how)
     found = told(hostile.guest, "once")
@@ -119,6 +122,7 @@ def test_what_a_driver_puts_up_with(hostile: Hostile, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["magic", "version", "huge events", "no limits"])
+@requirement("DRV-ID-1", "DRV-ID-2")
 def test_a_device_that_is_another_one(hostile: Hostile, how: str) -> None:
     hostile.lie(how)
     assert not hostile.load()

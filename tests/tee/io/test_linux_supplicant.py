@@ -54,21 +54,24 @@ class FakeDevice:
     def receive(self, params: list[RawParam]) -> tuple[int, list[RawParam]]:
         if not self.requests:
             raise OSError(errno.ENODEV, "gone")
-        return self.requests.pop(0)
+        command, asked = self.requests.pop(0)
+        self.meta: list[RawParam] = [(0x103, 4711, 0, 0)] if params[0][0] == 0x100 else []
+        return command, [*self.meta, *asked]
 
     def send(self, code: int, params: list[RawParam]) -> None:
-        self.answers.append((code, list(params)))
+        assert params[: len(self.meta)] == self.meta
+        self.answers.append((code, params[len(self.meta) :]))
 
     def close(self) -> None:
         self.closed = True
 
 
-@pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LinuxSupplicant:
+@pytest.fixture(params=[True, False], ids=["meta", "plain"])
+def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> LinuxSupplicant:
     monkeypatch.setattr(linux_supplicant, "LinuxTee", FakeDevice)
     monkeypatch.setattr(linux_supplicant, "Shm", FakeShm)
     (tmp_path / f"{UUID}.ta").write_bytes(TA)
-    return LinuxSupplicant(Supplicant([tmp_path]))
+    return LinuxSupplicant(Supplicant([tmp_path]), meta=request.param)
 
 
 def asked(serving: LinuxSupplicant, *requests: tuple[int, list[RawParam]]) -> list[tuple[int, list[RawParam]]]:
