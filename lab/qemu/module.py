@@ -10,7 +10,8 @@ from pathlib import Path
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
 from lab.cache import LabError, build_once, digest, say, scratch
-from lab.qemu.image import KERNEL_SUITE, REPO, GuestImage
+from lab.qemu.image import KERNEL_SUITE, GuestImage
+from lab.rootfs import REPO
 from lab.run import output
 
 SOURCES = REPO / "guest_driver" / "linux"
