@@ -30,8 +30,12 @@ _NOTIFY_EVERY = 4
 _SIGNAL_S = 30e-6
 """Seconds after which it is signalled of requests that are answered one after the other: a signal is dear."""
 
-_BUDGET = 32
+_BUDGET = 64
 """Requests taken from one ring before others have their turn: the control queue, say, with a cancel."""
+
+_LONG_S = 0.002
+_SHORT_BUDGET = 4
+"""… where the last turn took longer than that many seconds: TAs compute."""
 
 _RPC_RINGS = frozenset({Queue.CONTROL, Queue.EVENT})
 """While one of them is stopped no RPC can be answered."""
@@ -79,6 +83,7 @@ class TeeDevice(Device):
         self._announce = False
         """… and is still to be told that its state is gone."""
         self._completed = 0
+        self._budget = _BUDGET
         self._connected = False
         self.memory_version = 0
         self.epoch = self._begin(0)
@@ -231,7 +236,9 @@ class TeeDevice(Device):
             self.epoch.rpcs.pump()
             more = False
         else:
-            more = self._drain(index, queue, _BUDGET)
+            began = time.monotonic()
+            more = self._drain(index, queue, self._budget)
+            self._budget = _BUDGET if time.monotonic() - began < _LONG_S else _SHORT_BUDGET
         if index == Queue.CONTROL and self._search:
             more |= self._go_on_searching()
         if queue.broken is not None and self._trace is not None:

@@ -296,7 +296,7 @@ class Epoch:
         at_once = self._at_once
         if at_once is None or len(data) < _INVOKE_SIZE:
             return None
-        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = INVOKE_HEAD.unpack_from(data)
+        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = _unpack_invoke(data)
         session = self.sessions.get(session_ident)
         if (
             kind != _INVOKE
@@ -773,7 +773,7 @@ INVOKE_HEAD = struct.Struct(
     (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
 )
 """An INVOKE up to its parameters; its reserved words too, as numbers."""
-_INVOKE_SIZE = INVOKE_HEAD.size
+_INVOKE_SIZE, _unpack_invoke = INVOKE_HEAD.size, INVOKE_HEAD.unpack_from
 _BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
 
 
