@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from lab.cache import LabError, say
+from lab.qemu import module
 from lab.qemu.build import TARGETS, ensure_qemu
 from lab.qemu.command import GuestConfig, default_accel
 from lab.qemu.guest import Guest, GuestError, boot_for_person
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "build the guest's kernel and initramfs"
     one = sub.add_parser("image", help=text, description=text)
     one.add_argument("--module", action="append", default=[], help=f"one more than {', '.join(MODULES)}")
+    text = "build the kernel driver for the guest's kernel, and run the kernel's checkpatch.pl on it"
+    sub.add_parser("module", help=text, description=text)
     text = "boot a guest; without --shell, until its agent answers, then say how long it took"
     one = sub.add_parser("boot", help=text, description=text, epilog=EPILOG)
     one.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -113,6 +116,9 @@ def _command(args: argparse.Namespace) -> int:
     elif args.command == "image":
         image = ensure_image((*MODULES, *args.module))
         print(json.dumps({"kernel": str(image.kernel), "initrds": [str(p) for p in image.initrds]}, indent=1))
+    elif args.command == "module":
+        print(module.checkpatch(), end="")
+        print(module.ensure_module(ensure_image((*MODULES, "tee"))))
     else:
         return _boot(args)
     say(f"done in {time.monotonic() - began:.1f} s")
