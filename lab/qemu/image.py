@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.apt import Apt, unpack_deb
+from lab.apt import Apt, unpack_deb, unpack_debs
 from lab.cache import LabError, build_once, cache_root, digest, say, scratch
 from lab.cpio import write_tree
 from lab.kernel import load_order, unpacked_image
@@ -142,11 +142,7 @@ def _base(kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
     def make(new: Path) -> None:
         say(f"building the guest's file system of {len(debs)} Debian packages and {len(packages)} wheels")
         root = new / "root"
-        for folder in ("bin", "lib", "lib64", "sbin"):
-            (root / "usr" / folder).mkdir(parents=True)
-            (root / folder).symlink_to(f"usr/{folder}")
-        for deb in debs.values():
-            unpack_deb(deb, root)
+        unpack_debs(debs.values(), root)
         _finish_root(root)
         site = root / SITE
         site.mkdir(parents=True, exist_ok=True)

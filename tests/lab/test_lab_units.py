@@ -11,12 +11,12 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi
+from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi, run
 from lab.guest.agent import Agent
 from lab.lock import File, Lock, Pin
 from lab.qemu.agent import AgentClient, AgentError
@@ -180,6 +180,38 @@ def test_the_lock_file_is_stable(tmp_path: Path) -> None:
     assert lock.path.read_text() == text
     assert lock.get("s", "a") == pin
     assert lock.get("s", "missing") is None
+
+
+def test_packages_are_unpacked_into_one_merged_usr(tmp_path: Path) -> None:
+    debs = []
+    for name, file in (("old", "lib/liba"), ("new", "usr/lib/libb")):
+        tree = tmp_path / name
+        (tree / file).parent.mkdir(parents=True)
+        (tree / file).write_text(name)
+        (tree / "DEBIAN").mkdir()
+        control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: {name}\n"
+        (tree / "DEBIAN" / "control").write_text(control)
+        debs.append(tmp_path / f"{name}.deb")
+        run.output(["dpkg-deb", "--root-owner-group", "--build", tree, debs[-1]])
+    apt.unpack_debs(debs, tmp_path / "root")
+    assert (tmp_path / "root" / "lib").readlink() == Path("usr/lib")
+    assert {path.name for path in (tmp_path / "root" / "usr" / "lib").iterdir()} == {"liba", "libb"}
+
+
+def test_a_tree_of_packages_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+
+    def unpack(debs: Iterable[Path], root: Path) -> None:
+        made.append([deb.name for deb in debs])
+        (root / "file").touch()
+
+    monkeypatch.setattr(apt, "unpack_debs", unpack)
+    fake = FakeApt(Lock(tmp_path / "packages.lock"), "1.0")
+    first = fake.tree(["hello"])
+    assert [path.name for path in first.iterdir()] == ["file"]
+    assert fake.tree(["hello"]) == first
+    assert FakeApt(Lock(tmp_path / "other.lock"), "2.0").tree(["hello"]) != first
+    assert made == [["hello_1.0_amd64.deb"], ["hello_2.0_amd64.deb"]]
 
 
 def test_wheel_names() -> None:
