@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lab.cache import LabError, say
 from lab.qemu import module
+from lab.qemu.arch import ARCHS, X86_64
 from lab.qemu.build import TARGETS, ensure_qemu
 from lab.qemu.command import GuestConfig, default_accel
 from lab.qemu.guest import Guest, GuestError, boot_for_person
@@ -50,12 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_parser("checkpatch", help=text, description=text)
     text = "build the guest's kernel and initramfs"
     one = sub.add_parser("image", help=text, description=text)
+    _add_arch(one)
     one.add_argument("--module", action="append", default=[], help=f"one more than {', '.join(MODULES)}")
     text = "build the kernel driver for the guest's kernel, and run the kernel's checkpatch.pl on it"
-    sub.add_parser("module", help=text, description=text)
+    _add_arch(sub.add_parser("module", help=text, description=text))
     text = "boot a guest; without --shell, until its agent answers, then say how long it took"
     one = sub.add_parser("boot", help=text, description=text, epilog=EPILOG)
     one.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_arch(one)
     one.add_argument(
         "--socket", action="append", default=[], help="a backend's socket: one device each; may be repeated"
     )
@@ -70,14 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_arch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", choices=sorted(ARCHS), default=X86_64.name, help="the guest's architecture (default: %(default)s)"
+    )
+
+
 def _boot(args: argparse.Namespace) -> int:
+    arch = ARCHS[args.arch]
     config = GuestConfig(
         sockets=args.socket,
+        arch=arch,
         memory_mib=args.memory,
         num_request_queues=args.queues,
         accel="kvm" if args.kvm else default_accel(),
     )
-    image = ensure_image(extra=_tas(args.ta_folder))
+    image = ensure_image(extra=_tas(args.ta_folder), arch=arch)
     if args.shell:
         return boot_for_person(config, image)
     with Guest(config, image=image) as guest:
@@ -114,11 +125,11 @@ def _command(args: argparse.Namespace) -> int:
     elif args.command == "checkpatch":
         print(checkpatch(), end="")
     elif args.command == "image":
-        image = ensure_image((*MODULES, *args.module))
+        image = ensure_image((*MODULES, *args.module), arch=ARCHS[args.arch])
         print(json.dumps({"kernel": str(image.kernel), "initrds": [str(p) for p in image.initrds]}, indent=1))
     elif args.command == "module":
         print(module.checkpatch(), end="")
-        print(module.ensure_module(ensure_image((*MODULES, "tee"))))
+        print(module.ensure_module(ensure_image((*MODULES, "tee"), arch=ARCHS[args.arch])))
     else:
         return _boot(args)
     say(f"done in {time.monotonic() - began:.1f} s")

@@ -18,6 +18,7 @@ from lab.cache import LabError, build_once, cache_root, digest, say, scratch
 from lab.cpio import write_tree
 from lab.kernel import load_order, unpacked_image
 from lab.pypi import wheels
+from lab.qemu.arch import HOST, X86_64, Arch
 from lab.run import output, tail
 
 REPO = Path(__file__).resolve().parents[2]
@@ -27,10 +28,8 @@ GUEST_FILES = REPO / "lab" / "guest"
 
 SUITE = "bookworm"
 KERNEL_SUITE = "bookworm-backports"
-KERNEL_NAME = r"linux-image-6\.12\.[0-9.]+\+deb12-cloud-amd64"
 MODULES = ("uio", "uio_pci_generic", "virtio_rng")
-DEBS = (
-    "busybox-static",
+PYTHON_DEBS = (
     "libbz2-1.0",
     "libc6",
     "libcrypt1",
@@ -47,6 +46,7 @@ DEBS = (
     "python3.11-minimal",
     "zlib1g",
 )
+DEBS = ("busybox-static", *PYTHON_DEBS)
 WHEELS = (
     "attrs",
     "cffi",
@@ -82,8 +82,6 @@ NOT_NEEDED = (
     "usr/lib/python3.11/test",
     "usr/lib/python3.11/tkinter",
     "usr/lib/python3.11/turtledemo",
-    "usr/lib/x86_64-linux-gnu/audit",
-    "usr/lib/x86_64-linux-gnu/gconv",
 )
 STDLIB = "usr/lib/python3.11"
 SITE = "usr/lib/python3/dist-packages"  # where Debian's Python looks, without any variable set
@@ -96,20 +94,24 @@ class GuestImage:
     kernel: Path
     initrds: tuple[Path, ...]  # to be concatenated, in this order
     kernel_release: str
+    arch: Arch
 
 
-def ensure_image(modules: Sequence[str] = MODULES, extra: Sequence[tuple[str, Path]] = ()) -> GuestImage:
+def ensure_image(
+    modules: Sequence[str] = MODULES, extra: Sequence[tuple[str, Path]] = (), arch: Arch = X86_64
+) -> GuestImage:
     """Kernel and initramfs, from the cache or built now.
 
     `modules`: kernel modules that /init loads, by name; what they need is found. `extra`: files to add, each
     as (path in the guest, file here).
     """
-    kernel_package = Apt(KERNEL_SUITE).name_like(KERNEL_NAME)
-    kernel_deb = Apt(KERNEL_SUITE).debs([kernel_package])[kernel_package]
+    apt = Apt(KERNEL_SUITE, arch.debian)
+    kernel_package = apt.name_like(arch.kernel)
+    kernel_deb = apt.debs([kernel_package])[kernel_package]
     release = kernel_package.removeprefix("linux-image-")
     kernel = _kernel(kernel_deb, release)
-    base = _base(kernel, release, tuple(modules))
-    return GuestImage(kernel / "vmlinux", (base / "base.cpio", _ours(base / "root", extra) / "ours.cpio"), release)
+    base = _base(arch, kernel, release, tuple(modules))
+    return GuestImage(kernel / "vmlinux", (base / "base.cpio", _ours(extra) / "ours.cpio"), release, arch)
 
 
 def _kernel(deb: Path, release: str) -> Path:
@@ -127,9 +129,9 @@ def _kernel(deb: Path, release: str) -> Path:
     return build_once("guest-kernel", f"{release}-{digest(str(RECIPE), deb.parent.name)}", make)
 
 
-def _base(kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
-    debs = Apt(SUITE).debs(DEBS)
-    packages = wheels(WHEELS)
+def _base(arch: Arch, kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
+    debs = Apt(SUITE, arch.debian).debs((*DEBS, *arch.packages))
+    packages = wheels(WHEELS, arch.debian, arch.wheels)
     key = digest(
         str(RECIPE),
         release,
@@ -143,7 +145,7 @@ def _base(kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
         say(f"building the guest's file system of {len(debs)} Debian packages and {len(packages)} wheels")
         root = new / "root"
         unpack_debs(debs.values(), root)
-        _finish_root(root)
+        _finish_root(root, root / "usr" / "lib" / arch.triplet)
         site = root / SITE
         site.mkdir(parents=True, exist_ok=True)
         for wheel in packages.values():
@@ -159,9 +161,9 @@ def _base(kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
     return build_once("guest-base", key, make)
 
 
-def _finish_root(root: Path) -> None:
-    for name in NOT_NEEDED:
-        shutil.rmtree(root / name, ignore_errors=True)
+def _finish_root(root: Path, libraries: Path) -> None:
+    for path in (*(root / name for name in NOT_NEEDED), libraries / "audit", libraries / "gconv"):
+        shutil.rmtree(path, ignore_errors=True)
     for folder in ("dev", "proc", "sys", "tmp", "run", "root", "mnt", "etc", "var", "usr/local/bin"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name in APPLETS:
@@ -176,14 +178,12 @@ def _finish_root(root: Path) -> None:
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
 
 
-def compile_python(root: Path, folders: Sequence[str], python_root: Path | None = None) -> None:
-    """Compile with the guest's own Python, so that the guest need not, on its slow CPU."""
-    home = (python_root or root) / "usr"
-    loader = home / "lib64" / "ld-linux-x86-64.so.2"
-    if not loader.exists():
-        loader = home / "lib" / "x86_64-linux-gnu" / "ld-linux-x86-64.so.2"
+def compile_python(root: Path, folders: Sequence[str]) -> None:
+    """Compile with the Python that the guest has, as this machine can run it: the guest's CPU is slow."""
+    home = Apt(SUITE, HOST).tree(PYTHON_DEBS) / "usr"
+    libraries = home / "lib" / X86_64.triplet
     command: list[str | Path] = [
-        *(loader, "--library-path", home / "lib" / "x86_64-linux-gnu", home / "bin" / "python3.11"),
+        *(libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, home / "bin" / "python3.11"),
         *("-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-s", root, "-p", "/"),
     ]
     env = {"PYTHONHOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -239,13 +239,13 @@ def _version() -> str:
     return parser.get("metadata", "version", fallback="0")
 
 
-def _ours(base_root: Path, extra: Sequence[tuple[str, Path]]) -> Path:
+def _ours(extra: Sequence[tuple[str, Path]]) -> Path:
     files = _our_files()
     for name, path in extra:
         if not path.is_file():
             raise LabError(f"{path}, meant for the guest's {name}, is not there")
         files[name.lstrip("/")] = path.read_bytes()
-    key = digest(str(RECIPE), base_root.parent.name, *(part for item in sorted(files.items()) for part in item))
+    key = digest(str(RECIPE), *(part for item in sorted(files.items()) for part in item))
 
     def make(new: Path) -> None:
         root = new / "root"
@@ -257,7 +257,7 @@ def _ours(base_root: Path, extra: Sequence[tuple[str, Path]]) -> Path:
         for path in [p for p in root.rglob("*") if p.is_dir()]:
             path.chmod(0o755)
         try:
-            compile_python(root, [LOCAL, "usr/local/lib/lab"], base_root)
+            compile_python(root, [LOCAL, "usr/local/lib/lab"])
         except LabError as error:
             # a file that does not compile is for the guest to complain about, if it is used there
             say(f"not all of this checkout compiles:\n{tail(str(error), 5)}")

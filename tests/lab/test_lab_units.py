@@ -20,7 +20,8 @@ from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi, run
 from lab.guest.agent import Agent
 from lab.lock import File, Lock, Pin
 from lab.qemu.agent import AgentClient, AgentError
-from lab.qemu.build import QemuBuild
+from lab.qemu.arch import ARCHS, Arch
+from lab.qemu.build import TARGETS, QemuBuild
 from lab.qemu.command import GuestConfig, command_line
 
 
@@ -291,6 +292,21 @@ def test_each_socket_becomes_a_device() -> None:
     assert all("num-request-queues=3" in d and d.endswith(",packed=on") for d in devices)
     assert argv[0] == "/q/bin/qemu-system-x86_64"
     assert "host" in argv
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+def test_each_architecture_has_its_machine(arch: Arch) -> None:
+    """The memory is shared, and the console is one that the kernel is told of."""
+    argv = command_line(
+        GuestConfig(arch=arch, accel="tcg"), QemuBuild(Path("/q"), arch.target, "10"), Path("/k"), Path()
+    )
+    after = dict(zip(argv, argv[1:], strict=False))
+    assert argv[0] == f"/q/bin/qemu-system-{arch.name}"
+    assert after["-M"].endswith(",memory-backend=mem")
+    assert after["-object"].startswith("memory-backend-memfd,id=mem,") and after["-object"].endswith(",share=on")
+    assert after["-append"].startswith("console=tty")
+    assert after["-cpu"].startswith("max")
+    assert arch.target in TARGETS
 
 
 # -- the agent ------------------------------------------------------------------------------------------
