@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -297,13 +298,13 @@ def test_each_socket_becomes_a_device() -> None:
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
 def test_each_architecture_has_its_machine(arch: Arch) -> None:
     """The memory is shared, and the console is one that the kernel is told of."""
-    argv = command_line(
-        GuestConfig(arch=arch, accel="tcg"), QemuBuild(Path("/q"), arch.target, "10"), Path("/k"), Path()
-    )
-    after = dict(zip(argv, argv[1:], strict=False))
+    qemu = QemuBuild(Path("/q"), arch.target, "10")
+    argv = command_line(GuestConfig(arch=arch, accel="tcg"), qemu, Path("/k"), Path("/i"))
+    after = dict(itertools.pairwise(argv))
     assert argv[0] == f"/q/bin/qemu-system-{arch.name}"
     assert after["-M"].endswith(",memory-backend=mem")
-    assert after["-object"].startswith("memory-backend-memfd,id=mem,") and after["-object"].endswith(",share=on")
+    assert after["-object"].startswith("memory-backend-memfd,id=mem,")
+    assert after["-object"].endswith(",share=on")
     assert after["-append"].startswith("console=tty")
     assert after["-cpu"].startswith("max")
     assert arch.target in TARGETS
