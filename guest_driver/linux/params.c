@@ -60,7 +60,7 @@ static int vtee_param_region(struct vtee_req *req, const struct tee_param *param
 
 /**
  * vtee_params_out() - write a call's parameters into its request
- * @req:	keeps the memory that they name in use until vtee_params_done(), with @count places for it
+ * @req:	keeps the memory that they name in use until vtee_params_done(); has @count places
  * @wire:	where they go
  * @params:	parameters of a client
  * @count:	how many

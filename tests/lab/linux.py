@@ -1,0 +1,76 @@
+"""What the tests of the kernel driver share: a guest whose kernel drives the device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab.qemu.guest import Guest, GuestConfig, GuestProcess
+from lab.qemu.image import MODULES, ensure_image
+from lab.qemu.module import ensure_module
+from tests.lab.kit import SCRIPTS, Backend, furnish
+
+SUPPLICANT = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--ta-folder", "/lib/optee_armtz"]
+BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "INFO: task", "Call Trace")
+
+
+@contextmanager
+def linux_guest(backend: Backend, folder: Path) -> Iterator[Guest]:
+    """A guest with two CPUs; the driver is loaded, a supplicant is not started."""
+    image = ensure_image((*MODULES, "tee"))
+    module = ensure_module(image)
+    with Guest(GuestConfig(sockets=[backend.socket], cpus=2, uio=False), image=image) as guest:
+        furnish(guest, backend)
+        guest.put("/root/virtio_tee.ko", module.read_bytes())
+        guest.put("/root/vtee_test.ko", ensure_module(image, SCRIPTS / "kernel").read_bytes())
+        guest.put("/root/client", client(folder).read_bytes(), 0o755)
+        guest.run(["insmod", "/root/virtio_tee.ko"])
+        yield guest
+
+
+def client(folder: Path) -> Path:
+    """The client in C, which needs nothing of the guest."""
+    binary = folder / "client"
+    source = SCRIPTS / "client.c"
+    build = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(binary), str(source)]
+    subprocess.run(build, check=True, timeout=60)
+    return binary
+
+
+def supplicant(guest: Guest) -> GuestProcess:
+    """A supplicant that serves already."""
+    started = guest.spawn(SUPPLICANT)
+    started.wait_for("ready")
+    return started
+
+
+def told(guest: Guest, *arguments: str, timeout: float = 60) -> dict[str, object]:
+    """What the last line of a step of `linux_steps.py` says."""
+    out = guest.run(["python3", "/root/linux_steps.py", *arguments], timeout=timeout).stdout
+    found = json.loads(out.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def step(guest: Guest, *arguments: str) -> GuestProcess:
+    """Start a step and wait until it holds what it is to hold."""
+    started = guest.spawn(["python3", "-u", "/root/linux_steps.py", *arguments])
+    started.wait_for("holding")
+    return started
+
+
+def ended(started: GuestProcess, timeout: float = 60) -> dict[str, object]:
+    """How a step ended."""
+    assert started.wait(timeout) == 0, started.stderr
+    found = json.loads(started.stdout.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def complaints(guest: Guest) -> list[str]:
+    """Lines of the kernel's log that no driver may cause."""
+    log = guest.run(["dmesg"]).stdout
+    return [line for line in log.splitlines() if any(word in line for word in BAD_WORDS)]
