@@ -86,7 +86,8 @@ NOT_NEEDED = (
 STDLIB = "usr/lib/python3.11"
 SITE = "usr/lib/python3/dist-packages"  # where Debian's Python looks, without any variable set
 LOCAL = "usr/local/lib/python3.11/dist-packages"
-RECIPE = 1
+PROGRAMS = (b"#!", b"\x7fELF")  # how their files begin
+RECIPE = 2
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _ours(extra: Sequence[tuple[str, Path]]) -> Path:
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            path.chmod(0o755 if data.startswith(b"#!") else 0o644)
+            path.chmod(0o755 if data.startswith(PROGRAMS) else 0o644)
         for path in [p for p in root.rglob("*") if p.is_dir()]:
             path.chmod(0o755)
         try:

@@ -189,7 +189,9 @@ def _harmless(device: HostileDevice) -> None:
     device.rpc(1, pack_raw([(ParamType.MEMREF_OUT, 0, 1 << 60, 4711)]), command=RpcCommand.FS)
     device.rpc(2, pack_raw([(ParamType.MEMREF_OUT, 1 << 63, 1 << 63, NULL_REGION)]), command=RpcCommand.LOAD_TA)
     device.rpc(3, pack_raw([(ParamType.VALUE_IN, 0, 1 << 60, 0)]), command=RpcCommand.SHM_ALLOC)
-    device.rpc(4, pack_raw([(ParamType.VALUE_IN, 0, 0, 0), (ParamType.MEMREF_INOUT, 0, 0, 99)]), command=RpcCommand.SHM_FREE)
+    device.rpc(
+        4, pack_raw([(ParamType.VALUE_IN, 0, 0, 0), (ParamType.MEMREF_INOUT, 0, 0, 99)]), command=RpcCommand.SHM_FREE
+    )
     device.rpc(5, pack_raw([(ParamType.VALUE_IN, 9, 9, 9)] * 20), command=RpcCommand.NOTIFICATION)
     device.rpc(6, command=RpcCommand.GET_TIME)
     device.rpc(7, command=RpcCommand.I2C_TRANSFER)
