@@ -16,6 +16,7 @@ from lab.cache import LabError, say
 BASE = ("python3-venv",)
 LAB = (
     *BASE,
+    "bc",
     "bison",
     "ca-certificates",
     "dpkg-dev",

@@ -149,6 +149,7 @@ class Backend:
     _channel: int | None = None
     _log_fd: int | None = None
     _reply_fds: tuple[int, ...] = ()  # of the reply that is under way
+    _is_uml: bool = False  # only user-mode-linux sends such a memory table
     _resuming: bool = False  # what was concluded when the first ring of those that run now started
     _touched: bool = False  # a queue has been set up since the start, or the last reset
 
@@ -197,15 +198,14 @@ class Backend:
         time."""
         self._fds.update(fds)
         unused = list(fds)
-        number = 0
-        need_reply = has_reply = False
+        number = flags = 0
+        has_reply = False
         reply: bytes | None = None
         error: ProtocolError | None = None
         try:
             if self.payload_size(header) != len(payload):
                 raise MessageError("a payload that is not as long as its header says")
             number, flags, _ = HEADER.unpack(header)
-            need_reply = bool(flags & Flag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
             rule = self._rule(number)
             has_reply = rule.replies
             message = self._check(rule, FrontendRequest(number), payload, unused)
@@ -214,6 +214,8 @@ class Backend:
             error = e
         for fd in unused:
             yield from self._close(fd)
+        # looked at last: user-mode-linux wants the reply to the very message that acknowledges REPLY_ACK
+        need_reply = bool(flags & Flag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
         if error is None:
             if reply is None and need_reply:
                 reply = U64.pack(0)
@@ -335,6 +337,7 @@ class Backend:
         size = MEM_TABLE.size + len(message.tail)
         if size != MEM_TABLE.size + count * REGION.size and (size, count) != (_UML_MEM_TABLE_BYTES, 1):
             raise MessageError(f"SET_MEM_TABLE of {count} regions in {size} bytes")
+        self._is_uml = (size, count) == (_UML_MEM_TABLE_BYTES, 1)
         regions = [RegionInfo(*REGION.unpack(message.tail, n * REGION.size)) for n in range(count)]
         yield fx.ReplaceMemory(tuple(zip(regions, message.fds, strict=True)))
         self._regions = regions
@@ -414,6 +417,8 @@ class Backend:
         if base > 0xFFFF and not self.packed:
             raise MessageError(f"a base of {base:#x} for a split ring")
         yield from self._reconfigure(index)
+        if self.packed and self._is_uml and not base:
+            base = INITIAL_BASE  # it always says 0, and its ring always begins with both wrap counters 1
         ring.base = base
         return None
 

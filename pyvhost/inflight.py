@@ -89,7 +89,7 @@ DESC_STATE_PACKED = Codec(
 
 ALIGN = 64  #: of each queue's part, in bytes, as every backend has it
 _MASK = 0xFFFF
-_COUNTER_MASK = (1 << 64) - 1
+COUNTER_MASK = (1 << 64) - 1
 _MAX_ENTRIES = 1 << 15  # of a ring
 
 
@@ -128,7 +128,7 @@ def entries_of(words: memoryview, room: int, ring_size: int) -> int:
 
 
 # Those of a split part, in units of their own size.
-_LAST_HEAD, _USED_IDX = 6, 7
+LAST_HEAD, USED_IDX = 6, 7
 _FIRST_FLAG = REGION_SPLIT.size
 _FIRST_NEXT = (REGION_SPLIT.size + 6) // 2
 _FIRST_COUNTER = (REGION_SPLIT.size + 8) // 8
@@ -141,13 +141,17 @@ class SplitInflight:
     ``returning()``, then advances the used index, then ``returned()`` for each one pushed.
     """
 
-    __slots__ = ("_counter", "flags", "longs", "words")
+    __slots__ = ("_counter", "counters", "flags", "longs", "marks", "nexts", "words")
 
     def __init__(self, view: memoryview) -> None:
         #: the part's memory as bytes, 16-bit and 64-bit words
         self.flags = view
         self.words = view.cast("H")
         self.longs = view.cast("Q")
+        #: of the entries, by head: inflight, counter, next
+        self.marks = self.flags[_FIRST_FLAG::16]
+        self.counters = self.longs[_FIRST_COUNTER::2]
+        self.nexts = self.words[_FIRST_NEXT::8]
         self._counter = 0
 
     def _check(self, ring_size: int, used_idx: int) -> bool:
@@ -159,7 +163,7 @@ class SplitInflight:
         if entries_of(words, capacity(len(self.flags)), ring_size):
             return True
         words[DESC_NUM_WORD] = ring_size
-        words[_USED_IDX] = used_idx
+        words[USED_IDX] = used_idx
         words[VERSION_WORD] = VERSION  # last: up to here, the part was never used
         return False
 
@@ -173,21 +177,21 @@ class SplitInflight:
             return None
         words, flags, longs = self.words, self.flags, self.longs
         # The driver may have seen the last ones completed though they are still marked: the backend died in between.
-        unmarked = (used_idx - words[_USED_IDX]) & _MASK
+        unmarked = (used_idx - words[USED_IDX]) & _MASK
         if not any(flags[_FIRST_FLAG::16]):
             unmarked = 0
         if unmarked > ring_size:
             raise RingError("the used index is further ahead of the inflight region than the ring is long")
-        head = words[_LAST_HEAD]
+        head = words[LAST_HEAD]
         for _ in range(unmarked):
             if head >= ring_size:
                 raise RingError("an inflight region that refers to a head outside of the ring")
             flags[_FIRST_FLAG + 16 * head] = 0
             head = words[_FIRST_NEXT + 8 * head]
-        words[_USED_IDX] = used_idx
+        words[USED_IDX] = used_idx
         found = [(longs[_FIRST_COUNTER + 2 * n], n) for n in range(ring_size) if flags[_FIRST_FLAG + 16 * n]]
         found.sort()
-        self._counter = (found[-1][0] + 1) & _COUNTER_MASK if found else 0
+        self._counter = (found[-1][0] + 1) & COUNTER_MASK if found else 0
         return [head for _, head in found]
 
     def resume(self, ring_size: int, used_idx: int, heads: Iterable[int]) -> None:
@@ -211,17 +215,17 @@ class SplitInflight:
     def taken(self, head: int) -> None:
         """``head`` was popped."""
         counter = self._counter
-        self.longs[_FIRST_COUNTER + 2 * head] = counter
-        self._counter = (counter + 1) & _COUNTER_MASK
-        self.flags[_FIRST_FLAG + 16 * head] = 1
+        self.counters[head] = counter
+        self._counter = (counter + 1) & COUNTER_MASK
+        self.marks[head] = 1
 
     def returning(self, head: int) -> None:
         """``head`` is in the used ring, the used index does not say so yet."""
         words = self.words
-        words[_FIRST_NEXT + 8 * head] = words[_LAST_HEAD]
-        words[_LAST_HEAD] = head
+        self.nexts[head] = words[LAST_HEAD]
+        words[LAST_HEAD] = head
 
     def returned(self, head: int, used_idx: int) -> None:
         """The used index is ``used_idx`` now."""
-        self.flags[_FIRST_FLAG + 16 * head] = 0
-        self.words[_USED_IDX] = used_idx
+        self.marks[head] = 0
+        self.words[USED_IDX] = used_idx

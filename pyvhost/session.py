@@ -82,6 +82,13 @@ class Ports(Protocol):
         """:raises MessageError: ``fd`` is not a stream socket"""
         ...
 
+    def check_signal(self, fd: int) -> None:
+        """Before the first ``signal(fd)``.
+
+        :raises MessageError: ``fd`` is nothing that can be signalled without being held up
+        """
+        ...
+
     def send(self, fd: int, message: bytes) -> bool:
         """Send on the backend's request channel; False if it is closed or full. Never blocks."""
         ...
@@ -116,6 +123,9 @@ class _Link:
 
     def wake(self, index: int) -> None:
         self._session.wake(index)
+
+    def enabled(self, index: int) -> bool:
+        return self._session.enabled(index)
 
     def tracked(self, index: int) -> bool:
         return self._session.tracked[index]
@@ -328,6 +338,9 @@ class Session:
         self._awake = [False] * len(self._awake)
         self.ports.hang_up(f"the device failed: {error!r}")
 
+    def enabled(self, index: int) -> bool:
+        return self._awake[index]
+
     def wake(self, index: int) -> None:
         if not self._waiting[index]:
             self._waiting[index] = True
@@ -424,9 +437,13 @@ class Session:
             self.ports.unwatch(old)
 
     def _set_call(self, effect: fx.SetCall) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._call[effect.index] = effect.fd
 
     def _set_err(self, effect: fx.SetErr) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._err[effect.index] = effect.fd
 
     def _set_channel(self, effect: fx.SetChannel) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt
+from lab.arch import AARCH64
 from lab.cache import build_once, digest, say
-from lab.qemu.arch import AARCH64
 from lab.run import output
 
 SUITE, ARCH = "trixie", AARCH64
@@ -46,8 +46,8 @@ def ensure_clients() -> Clients:
     def make(new: Path) -> None:
         say("compiling the client applications")
         for name in PROGRAMS:
-            command = [*COMPILE, f"-I{development / 'usr' / 'include'}", "-o", new / name, SOURCES / f"{name}.c"]
-            output([*command, f"-L{library}", "-lteec"])
+            source = ("-o", new / name, SOURCES / f"{name}.c")
+            output([*COMPILE, f"-I{development / 'usr' / 'include'}", *source, f"-L{library}", "-lteec"])
 
     folder = build_once("clients", digest(*COMPILE, development.name, *texts), make)
     return Clients(folder / "examples", folder / "api", packages)

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from lab.arch import ARCHS, X86_64
 from lab.cache import LabError, say
 from lab.qemu import module
-from lab.qemu.arch import ARCHS, X86_64
 from lab.qemu.build import TARGETS, ensure_qemu
 from lab.qemu.command import GuestConfig, default_accel
 from lab.qemu.guest import Guest, GuestError, boot_for_person

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
+from lab.arch import ARCHS
 from lab.cache import build_once, digest, say, scratch
 from lab.pypi import tool_python
-from lab.qemu.arch import ARCHS
 from lab.qemu.source import FIRMWARE_RULE, SUITE, QemuSource, apply_patches, patches, qemu_source, unpack
 from lab.run import logged, output
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.qemu.arch import X86_64, Arch
+from lab.arch import X86_64, Arch
 from lab.qemu.build import QemuBuild
 
 APPEND = "quiet panic=0 mitigations=off random.trust_cpu=on"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
+from lab.arch import HOST, Arch
 from lab.cache import LabError, build_once, digest, say, scratch
-from lab.qemu.arch import HOST, Arch
-from lab.qemu.image import KERNEL_SUITE, REPO, GuestImage
+from lab.qemu.image import KERNEL_SUITE, GuestImage
+from lab.rootfs import REPO
 from lab.run import output
 
 SOURCES = REPO / "guest_driver" / "linux"
@@ -26,7 +27,7 @@ def headers(release: str, arch: Arch) -> Path:
     """The folder to build modules for the kernel `release` in."""
     base = re.sub(rf"(-cloud)?-{arch.debian}$", "", release)
     theirs = Apt(KERNEL_SUITE, arch.debian).debs([f"linux-headers-{release}"])
-    tools = Apt(KERNEL_SUITE, HOST).debs([f"linux-headers-{base}-common", f"linux-kbuild-{base}"])  # run here
+    tools = Apt(KERNEL_SUITE, HOST.debian).debs([f"linux-headers-{base}-common", f"linux-kbuild-{base}"])  # run here
     debs = [*theirs.values(), *tools.values()]
     key = digest(str(RECIPE), *(deb.parent.name for deb in debs))
 

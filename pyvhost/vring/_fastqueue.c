@@ -33,7 +33,7 @@ enum { MAX_SIZE = 1 << 15, INLINE = 4, FREE_CHAINS = 64, BIG_COPY = 1 << 18 };
 #define MAX_TOTAL (UINT64_C(1) << 32)
 
 static PyObject *RingError, *StateError, *MemoryFault, *deque;
-static PyObject *str_regions, *str_guest_addr, *str_size, *str_view, *str_readonly, *str_popleft;
+static PyObject *str_regions, *str_guest_addr, *str_size, *str_view, *str_readonly, *str_popleft, *str_unpack;
 
 struct desc {
 	uint64_t addr;
@@ -329,6 +329,35 @@ static PyObject *chain_read(Chain *self, PyObject *const *args, Py_ssize_t nargs
 	return bytes;
 }
 
+static PyObject *chain_unpack(Chain *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+	static const char *const names[] = {"layout", "offset"};
+	PyObject *given[2];
+	Py_ssize_t offset = 0;
+	if (arguments("unpack", names, 1, 2, args, nargs, kwnames, given) < 0)
+		return NULL;
+	if (given[1] && (offset = PyNumber_AsSsize_t(given[1], NULL)) == -1 && PyErr_Occurred())
+		return NULL;
+	PyObject *number = PyObject_GetAttr(given[0], str_size);
+	if (!number)
+		return NULL;
+	Py_ssize_t size = PyNumber_AsSsize_t(number, PyExc_OverflowError);
+	Py_DECREF(number);
+	if (size == -1 && PyErr_Occurred())
+		return NULL;
+	if (offset < 0 || size < 0 || (uint64_t)offset + (uint64_t)size > self->readable_bytes)
+		return PyErr_Format(PyExc_ValueError, "%zd bytes from %zd on are not in %llu readable bytes", size, offset,
+				    self->readable_bytes);
+	PyObject *bytes = PyBytes_FromStringAndSize(NULL, size), *fields = NULL;
+	if (bytes) {
+		if (size)
+			copy_any(self->segment, (uint64_t)offset, PyBytes_AS_STRING(bytes), (uint64_t)size, 0);
+		fields = PyObject_CallMethodOneArg(given[0], str_unpack, bytes);
+		Py_DECREF(bytes);
+	}
+	return fields;
+}
+
 static PyObject *chain_write(Chain *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
 	static const char *const names[] = {"data", "offset"};
@@ -380,6 +409,7 @@ static PyGetSetDef chain_getset[] = {
 
 static PyMethodDef chain_methods[] = {
 	{"read", (PyCFunction)(void (*)(void))chain_read, METH_FASTCALL | METH_KEYWORDS, NULL},
+	{"unpack", (PyCFunction)(void (*)(void))chain_unpack, METH_FASTCALL | METH_KEYWORDS, NULL},
 	{"write", (PyCFunction)(void (*)(void))chain_write, METH_FASTCALL | METH_KEYWORDS, NULL},
 	{NULL},
 };
@@ -1449,7 +1479,7 @@ static PyObject *queue_drain(Queue *q, PyObject *const *args, Py_ssize_t nargs, 
 {
 	static const char *const names[] = {"handler", "budget", "notify_every"};
 	PyObject *given[3];
-	Py_ssize_t budget = 256, notify_every = 4;
+	Py_ssize_t budget = 256, notify_every = 8;
 	if (arguments("drain", names, 1, 3, args, nargs, kwnames, given) < 0)
 		return NULL;
 	if (given[1] && (budget = PyNumber_AsSsize_t(given[1], NULL)) == -1 && PyErr_Occurred())
@@ -1905,6 +1935,7 @@ PyMODINIT_FUNC PyInit__fastqueue(void)
 	str_guest_addr = PyUnicode_InternFromString("guest_addr");
 	str_size = PyUnicode_InternFromString("size");
 	str_view = PyUnicode_InternFromString("view");
+	str_unpack = PyUnicode_InternFromString("unpack");
 	str_popleft = PyUnicode_InternFromString("popleft");
 	str_readonly = PyUnicode_InternFromString("readonly");
 	PyObject *collections = PyImport_ImportModule("collections");

@@ -69,7 +69,7 @@ class InOrder(_Base):
             del self._rooms[first]
             super().push(first, early.pop(first))
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         unsignalled = 0
 
         def serve(chain: Chain) -> None:

@@ -29,6 +29,7 @@ from pyvhost.vring.packed import (
 )
 from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.parts import check_parts
+from pyvhost.vring.tables import short_table
 
 __all__ = ["PackedDeviceQueue"]
 
@@ -37,6 +38,10 @@ _unpack_head = Struct("<QIH").unpack_from
 _unpack_entry = Struct("<QIHH").unpack_from
 _MAX_TOTAL = 1 << 32  # section 2.8.5: no chain is longer, in bytes
 _BOTH = DESC_F_AVAIL | DESC_F_USED
+# In a table: flags, above what is an id elsewhere. Only the direction counts there, and that it is no further table.
+_COUNT = (DESC_F_WRITE | DESC_F_INDIRECT) << 16
+_LIST = DESC_F_NEXT | DESC_F_INDIRECT
+_short_table = short_table(_COUNT, 0, 0, DESC_F_WRITE << 16, _COUNT, DESC_F_WRITE << 16)
 
 #: of a descriptor: addr, len, flags
 _Entry = tuple[int, int, int]
@@ -76,6 +81,7 @@ class PackedDeviceQueue:
         "_signal",
         "_since",
         "_span",
+        "_tables",
         "_taken",
         "_used",
         "_used_idx",
@@ -123,6 +129,7 @@ class PackedDeviceQueue:
         self._order = fences.order
         self._clock = fences.clock
         self._max = max(size, max_descriptors)
+        self._tables = indirect and self._max > 2  # short ones are fine
         # by id: room in the writable part, descriptors in the ring, and all that it consists of
         self._held: dict[int, tuple[int, int, Sequence[_Entry]]] = {}
         self._occupied = 0  # descriptors of all those
@@ -171,7 +178,7 @@ class PackedDeviceQueue:
             return None
         if self._order is not None:
             self._order()  # the chain's descriptors are not older than the flags of its first one
-        if flags & (DESC_F_NEXT | DESC_F_INDIRECT):
+        if flags & DESC_F_NEXT:
             return self._pop_list(position, flags)
         addr, length, head = _unpack_head(self._desc, position << 4)
         held = self._held
@@ -190,7 +197,7 @@ class PackedDeviceQueue:
         if self.inflight is not None:
             self.inflight.taken(head, ((addr, length, flags),))
         offset = addr - self._base
-        if length and 0 <= offset <= self._span - length:
+        if not flags & DESC_F_INDIRECT and length and 0 <= offset <= self._span - length:
             end = offset + length
             if flags & DESC_F_WRITE:
                 held[head] = (length, 1, ((addr, length, flags),))
@@ -257,6 +264,14 @@ class PackedDeviceQueue:
 
     def _chain(self, head: int, entries: list[_Entry], count: int) -> Chain | None:
         """Check and translate a request that takes ``count`` descriptors of the ring."""
+        addr, length, flags = entries[0]
+        base, span = self._base, self._span
+        if flags & _LIST == DESC_F_INDIRECT and self._tables and 0 <= addr - base <= span - length:
+            short = _short_table(head, self._view, addr - base, length, base, span)
+            if short is not None:
+                written = [(addr, length, DESC_F_WRITE) for addr, length in short.written(base)]
+                self._held[head] = (short.writable_bytes, count, written)
+                return short
         try:
             if entries[0][2] & DESC_F_INDIRECT:
                 entries = self._table(entries)
@@ -389,15 +404,10 @@ class PackedDeviceQueue:
         return False
 
     def should_notify(self) -> bool:
-        return self._should_notify(False)
-
-    def _should_notify(self, fenced: bool) -> bool:
-        """``fenced``: there was a full fence since the last push."""
         since = self._since
         if self.stopped or not since:
             return False
-        if not fenced:
-            self._full()  # the flags are visible before looking whether the driver sleeps
+        self._full()  # the flags are visible before looking whether the driver sleeps
         self._since = 0
         wish = self._avail[1] & 3
         if wish == EVENT_DISABLE:
@@ -436,24 +446,23 @@ class PackedDeviceQueue:
         self._full()  # the driver sees the wish before the ring is looked at again
         return self._look()
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         pop, push, notify = self.pop, self.push, self.notify
         self.disable_notifications()
         unsignalled = 0
-        fenced = False
         try:
             while budget > 0:
                 chain = pop()
                 if chain is None:
+                    if unsignalled:  # first of all: a driver that sleeps takes time to wake up
+                        unsignalled = 0
+                        notify()
                     if self.spin_us:
                         notify()
-                        unsignalled = 0
                         if self.wait(self.spin_us):
                             continue
-                    fenced = self.broken is None and not self.recovered
                     if not self.enable_notifications():
                         return False
-                    fenced = False
                     self.disable_notifications()
                     continue
                 budget -= 1
@@ -464,11 +473,9 @@ class PackedDeviceQueue:
                     if unsignalled >= notify_every:
                         unsignalled = 0
                         notify()
-            fenced = self.broken is None and not self.recovered
             return self.enable_notifications()
         finally:
-            if self._should_notify(fenced) and self._signal is not None:
-                self._signal()
+            self.notify()
 
     # --- what outlives this host
 

@@ -29,6 +29,7 @@ class Context:
 
     tee: object
     vm: str
+    owner: object = None  #: of the call that opened it
     state: ContextState = ContextState.OPEN
     tasks: set[Task] = field(default_factory=set)
     sessions: set[Session] = field(default_factory=set)

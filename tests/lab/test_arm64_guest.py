@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from device.wire import DEVICE_ID
-from lab.qemu.arch import AARCH64
+from lab.arch import AARCH64
 from lab.qemu.guest import Guest, GuestConfig
 from tests.lab.kit import Backend, furnish
 

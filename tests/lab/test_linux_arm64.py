@@ -18,8 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lab.apt import Apt
+from lab.arch import AARCH64
 from lab.clients import RUNTIME, SUITE, ensure_clients
-from lab.qemu.arch import AARCH64
 from lab.qemu.guest import Guest, GuestConfig, GuestProcess
 from lab.qemu.image import MODULES, ensure_image
 from lab.qemu.module import ensure_module

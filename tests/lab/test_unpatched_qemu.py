@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ import pytest
 from lab.qemu.guest import Guest, GuestConfig, GuestProcess
 from lab.qemu.image import MODULES, ensure_image
 from lab.unpatched import ensure_unpatched_qemu
-from tests.lab.kit import SCRIPTS
+from tests.lab.kit import SCRIPTS, Example
 
 pytestmark = pytest.mark.lab
 
@@ -28,38 +26,6 @@ KILLS = 100 if os.environ.get("VIRTIO_TEE_LONG") else 50
 QUEUES = ("pure", "compiled")
 RING_OPTIONS = {"split": (), "packed": ("packed=on",)}
 RECONNECT_MS = 100
-
-
-class Example:
-    """A program that serves a device, and can be killed and started again."""
-
-    def __init__(self, folder: Path, module: str, *options: str, queue: str = "auto") -> None:
-        name = module.rpartition(".")[2]
-        self.socket = folder / f"{name}.sock"
-        self.log = folder / f"{name}.log"
-        self._argv = [sys.executable, "-m", module, "--socket-path", str(self.socket), *options]
-        self._env = {**os.environ, "PYVHOST_QUEUE": queue}
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        said = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._argv, stderr=log, env=self._env)
-        end = time.monotonic() + 20
-        while b"ready" not in self.log.read_bytes()[said:]:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, "the example does not start"
-            time.sleep(0.01)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(timeout=10)
 
 
 @contextmanager

@@ -105,6 +105,11 @@ class FakePorts:
         if fd >= NOT_A_FILE:
             raise MessageError("no socket")
 
+    def check_signal(self, fd: int) -> None:
+        assert fd in self.open_fds
+        if fd >= NOT_A_FILE:
+            raise MessageError("no eventfd")
+
     def send(self, fd: int, message: bytes) -> bool:
         assert fd in self.open_fds
         self.sent.append(message)

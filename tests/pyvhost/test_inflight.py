@@ -110,8 +110,11 @@ class Machine:
         queue: Any = self.kind.factory(SIZE, self.pair.memory, *self.pair.parts, fences=Fences.none(), base=self.base)
         track: Any = (PackedInflight if self.kind.packed else SplitInflight)(self.region)
         for owner, names in (
-            (queue, ("_flags", "_lengths") if self.kind.packed else ("_used", "_used32")),
-            (track, ("words", "ints", "longs") if self.kind.packed else ("flags", "words", "longs")),
+            (queue, ("_flags", "_lengths") if self.kind.packed else ("_used", "_ids", "_lengths")),
+            (
+                track,
+                ("words", "ints", "longs") if self.kind.packed else ("flags", "words", "marks", "counters", "nexts"),
+            ),
         ):
             for name in names:
                 setattr(owner, name, Words(getattr(owner, name), power))
@@ -138,7 +141,9 @@ class Machine:
         assert self.driver.in_flight == 0
 
 
-STEPS = st.lists(st.sampled_from(["add", "pop", "pop", "push first", "push last", "poll"]), max_size=40)
+STEPS = st.lists(
+    st.sampled_from(["add", "pop", "pop", "push first", "push last", "drain", "drain one", "poll"]), max_size=40
+)
 
 
 def live(machine: Machine, steps: list[str], power: Power) -> bool:
@@ -155,6 +160,8 @@ def live(machine: Machine, steps: list[str], power: Power) -> bool:
                 chain = queue.pop()
                 if chain is not None:
                     held.append(chain.head)
+            elif step.startswith("drain"):
+                queue.drain(lambda chain: 0, 1 if step == "drain one" else 9, notify_every=2)
             elif held:
                 queue.push(held.pop(0 if step == "push first" else -1))
     except Killed:
@@ -182,7 +189,21 @@ def test_killed_between_any_two_stores(
 
 
 BUSY = ["add"] * 6 + ["pop"] * 4 + ["push last", "push first", "poll", "add", "pop", "pop", "push last", "push last"]
-BUSY += ["poll", "add", "add", "pop", "push first", "pop", "push last", "add", "pop"]
+BUSY += [
+    "poll",
+    "add",
+    "add",
+    "pop",
+    "push first",
+    "drain one",
+    "pop",
+    "push last",
+    "add",
+    "drain",
+    "poll",
+    "add",
+    "pop",
+]
 
 
 @pytest.mark.parametrize("second", [0, 1, 2, 3, 5, 8, 13, 1 << 30])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HOST = "amd64"  # Debian's name of the architecture that the lab itself runs on
-
 
 @dataclass(frozen=True)
 class Arch:
@@ -50,4 +48,5 @@ AARCH64 = Arch(
     cpu="max,pauth-impdef=on,sve=off,sme=off",  # the architecture's own way to sign pointers is slow to emulate
     append="console=ttyAMA0",
 )
+HOST = X86_64  # what the lab itself runs on
 ARCHS = {arch.name: arch for arch in (X86_64, AARCH64)}
