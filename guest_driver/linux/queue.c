@@ -540,6 +540,9 @@ static int vtee_try_queues(struct vtee *vt, unsigned int num_request)
 	vt->event = vqs[VTEE_QUEUE_EVENT];
 	memcpy(vt->request, vqs + VTEE_QUEUE_REQUEST, num_request * sizeof(vqs[0]));
 	vt->num_request = num_request;
+	vt->ring_size = U32_MAX;
+	for (i = 0; i < num_request; i++)
+		vt->ring_size = min(vt->ring_size, virtqueue_get_vring_size(vt->request[i]));
 	return 0;
 }
 

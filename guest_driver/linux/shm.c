@@ -248,7 +248,7 @@ static int vtee_register_ranges(struct vtee_req *req, struct vtee_region *region
 		range->length = cpu_to_le64(region->mapped ? sg_dma_len(sg) : sg->length);
 		range++;
 	}
-	if (req->num_chunks + 2 > virtqueue_get_vring_size(vt->request[0]))
+	if (req->num_chunks + 2 > vt->ring_size)
 		return -E2BIG;
 	return 0;
 }

@@ -73,6 +73,7 @@ struct vtee {
 	struct virtqueue *event;
 	struct virtqueue *request[VTEE_MAX_REQUEST_QUEUES];
 	unsigned int num_request;
+	unsigned int ring_size; /* of the smallest one */
 
 	spinlock_t lock; /* control and request queues, and what follows */
 	u64 epoch;

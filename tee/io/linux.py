@@ -48,12 +48,11 @@ class Answer:
 class Shm:
     """Shared memory of an open TEE device. ``id`` names it in parameters; ``data`` are its bytes."""
 
-    def __init__(self, ident: int, fd: int, data: mmap.mmap, size: int) -> None:
+    def __init__(self, ident: int, fd: int, view: memoryview) -> None:
         self.id = ident
-        self.size = size
+        self.size = len(view)
         self._fd = fd
-        self._data = data
-        self._view: memoryview | None = memoryview(data)[:size]
+        self._view: memoryview | None = view
 
     @property
     def data(self) -> memoryview:
@@ -103,16 +102,14 @@ class LinuxTee:
         except BaseException:
             os.close(fd)
             raise
-        return Shm(found.id, fd, data, found.size)
+        return Shm(found.id, fd, memoryview(data))
 
     def register(self, data: mmap.mmap, offset: int = 0, size: int | None = None) -> Shm:
         """Share ``size`` bytes (default: all) of our own memory from ``offset`` on."""
         size = len(data) - offset if size is None else size
         address = ctypes.addressof(ctypes.c_char.from_buffer(data)) + offset
         fd, found = self._simple(Ioctl.SHM_REGISTER, ShmRegister, addr=address, length=size, flags=0, id=0)
-        shm = Shm(found.id, fd, data, found.length)
-        shm._view = memoryview(data)[offset : offset + size]
-        return shm
+        return Shm(found.id, fd, memoryview(data)[offset : offset + size])
 
     def open_session(
         self,
@@ -170,8 +167,8 @@ class LinuxTee:
         return returned, layout.parse(bytes(data))
 
     def _buffered(self, number: Ioctl, layout: Struct[Any, Any], params: Sequence[RawParam], **fields: Any) -> Any:
-        whole = {**fields, "num_params": len(params), "params": [dict(zip("abc", p[1:]), attr=p[0]) for p in params]}
-        data = layout.build(whole)
+        words = [{"attr": attr, "a": a, "b": b, "c": c} for attr, a, b, c in params]
+        data = layout.build({**fields, "num_params": len(params), "params": words})
         room = ctypes.create_string_buffer(data, len(data))
         fcntl.ioctl(self._fd, number, Buffer.build({"buf_ptr": ctypes.addressof(room), "buf_len": len(data)}))
         return layout.parse(room.raw)

@@ -1,7 +1,8 @@
 """A supplicant for a Linux TEE device: takes requests from ``/dev/teeprivN`` and has a :class:`RpcServer` answer them.
 
 The kernel names memory by the id of shared memory that this supplicant has allocated; everything else is as in
-:mod:`tee.rpc`. Requests are served one after another.
+:mod:`tee.rpc`. Requests are served one after another. Like OP-TEE's supplicant, this one says that it could answer them
+in any order, by a META parameter in front of the others, which names the request.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ class LinuxSupplicant:
     """Serves one device until it is closed or goes. Raises OSError where it cannot be opened, ValueError where it is no
     TEE that has a supplicant."""
 
-    def __init__(self, server: RpcServer, path: str = "/dev/teepriv0") -> None:
+    def __init__(self, server: RpcServer, path: str = "/dev/teepriv0", *, meta: bool = True) -> None:
+        """``meta`` False: without that parameter, as the oldest supplicants."""
         self._server = server
+        self._meta = int(meta)
         self._device = LinuxTee(path)
         impl_id = self._device.version()[0]
         if impl_id != IMPL_OPTEE:
@@ -80,7 +83,7 @@ class LinuxSupplicant:
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until the device has gone. ``ready`` is called before the first request is waited for."""
         ready()
-        room: list[RawParam] = [(ParamType.NONE, 0, 0, 0)] * ROOM
+        room: list[RawParam] = [(ATTR_META, 0, 0, 0)] * self._meta + [(ParamType.NONE, 0, 0, 0)] * ROOM
         while True:
             try:
                 command, params = self._device.receive(room)
@@ -88,7 +91,8 @@ class LinuxSupplicant:
                 if error.errno in (errno.ENODEV, errno.EBADF):
                     return
                 raise
-            self._device.send(*self._serve(command, params))
+            code, answer = self._serve(command, params[self._meta :])
+            self._device.send(code, [*params[: self._meta], *answer])
 
     def _serve(self, command: int, raw: list[RawParam]) -> tuple[int, list[RawParam]]:
         """The code and the parameters to answer with."""

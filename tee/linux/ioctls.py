@@ -75,7 +75,7 @@ _READ, _WRITE = 2, 1
 
 
 def _number(direction: int, nr: int, layout: Struct[Any, Any]) -> int:
-    return direction << 30 | layout.sizeof() << 16 | MAGIC << 8 | nr
+    return direction << 30 | int(layout.sizeof()) << 16 | MAGIC << 8 | nr
 
 
 class Ioctl(IntEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from device.config import Config
 from device.messages import CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUEST_HEADER, RESPONSE_HEADER
@@ -93,7 +94,7 @@ class HostileDevice(Device):
     def _region(self, body: bytes) -> bytes:
         return (77 if self.lie == "region twice" else self._ident()).to_bytes(8, "little")
 
-    ANSWERS: dict[Request, Callable[[HostileDevice, bytes], bytes]] = {
+    ANSWERS: ClassVar[dict[Request, Callable[[HostileDevice, bytes], bytes]]] = {
         Request.OPEN_CONTEXT: _context,
         Request.OPEN_SESSION: _session,
         Request.INVOKE: _invoke,
@@ -162,6 +163,22 @@ def _used(written: int) -> Lie:
     return lie
 
 
+def _raw(entries: Callable[[int], list[tuple[int, int]]]) -> Lie:
+    """Used entries (head, bytes) that the library would not write; in its pure split queue, behind its back."""
+
+    def lie(device: HostileDevice, chain: Chain, response: bytes) -> None:
+        queue: Any = device.queues[Queue.REQUEST]
+        chain.write(response)
+        for head, written in entries(chain.head):
+            slot = (queue._used_idx & (queue.size - 1)) << 1
+            queue._used32[slot] = head
+            queue._used32[slot + 1] = written
+            queue._used_idx = queue._used[1] = (queue._used_idx + 1) & 0xFFFF
+        queue.notify()
+
+    return lie
+
+
 def _events(send: Callable[[HostileDevice], None]) -> Lie:
     def lie(device: HostileDevice, chain: Chain, response: bytes) -> bytes:
         send(device)
@@ -200,7 +217,10 @@ def _harmless(device: HostileDevice) -> None:
 _LIES: dict[str, Lie] = {
     "used 0": _used(0),
     "used too little": _used(8),
-    "used too much": _used(1 << 20),
+    "used too much": _raw(lambda head: [(head, 1 << 20)]),
+    "returned twice": _raw(lambda head: [(head, 16), (head, 16)]),
+    "another request returned": _raw(lambda head: [(head ^ 1, 100)]),
+    "out of the ring": _raw(lambda head: [(0x12345, 100)]),
     "fewer parameters": lambda device, chain, response: response[: len(OK)] + bytes(8),
     "another type": _params(_attr),
     "more than there is room for": _params(_size),

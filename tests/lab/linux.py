@@ -18,14 +18,22 @@ BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "IN
 
 
 @contextmanager
-def linux_guest(backend: Backend, folder: Path) -> Iterator[Guest]:
-    """A guest with two CPUs; the driver is loaded, a supplicant is not started."""
+def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
+    """A guest with two CPUs; the driver is there, but not loaded. `options`: more properties of the device."""
     image = ensure_image((*MODULES, "tee"))
     module = ensure_module(image)
-    with Guest(GuestConfig(sockets=[backend.socket], cpus=2, uio=False), image=image) as guest:
-        furnish(guest, backend)
+    with Guest(GuestConfig(sockets=[socket], cpus=2, uio=False, device_options=options), image=image) as guest:
         guest.put("/root/virtio_tee.ko", module.read_bytes())
         guest.put("/root/vtee_test.ko", ensure_module(image, SCRIPTS / "kernel").read_bytes())
+        guest.put("/root/linux_steps.py", (SCRIPTS / "linux_steps.py").read_bytes())
+        yield guest
+
+
+@contextmanager
+def linux_guest(backend: Backend, folder: Path, options: str = "") -> Iterator[Guest]:
+    """The driver is loaded, a supplicant is not started."""
+    with bare_guest(backend.socket, options) as guest:
+        furnish(guest, backend)
         guest.put("/root/client", client(folder).read_bytes(), 0o755)
         guest.run(["insmod", "/root/virtio_tee.ko"])
         yield guest

@@ -126,6 +126,56 @@ def stuck_supplicant():
     Stuck(Supplicant(["/lib/optee_armtz"])).run(lambda: print("holding", flush=True))
 
 
+def late_supplicant():
+    """A supplicant that answers its first LOAD_TA with memory after the device's deadline of 10 s."""
+
+    class Late(LinuxSupplicant):
+        said = False
+
+        def _serve(self, command, raw):
+            if command == 0 and raw[1][3] != MEMREF_NULL and not self.said:
+                time.sleep(12)
+                self.said = True
+                print("late", flush=True)
+            return super()._serve(command, raw)
+
+    Late(Supplicant(["/lib/optee_armtz"])).run(lambda: print("holding", flush=True))
+
+
+def plain_supplicant():
+    """A supplicant that answers one request after another, without META parameters."""
+    LinuxSupplicant(Supplicant(["/lib/optee_armtz"]), meta=False).run(lambda: print("holding", flush=True))
+
+
+def available():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+
+
+def killed_clients():
+    """Clients that are killed in calls, with more memory altogether than could be lost unnoticed."""
+    before = available()
+    for _ in range(15):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            tee, answer = opened("probe")
+            data = mmap.mmap(-1, 8 << 20)
+            shm, more = tee.register(data), tee.allocate(1 << 20)
+            data[:] = bytes(len(data))
+            os.write(writing, b"x")
+            tee.invoke(answer.session, HOLD, [(7, 0, 8 << 20, shm.id), (3, FOREVER, 0, 0), (7, 0, 1 << 20, more.id)])
+            os._exit(1)
+        os.read(reading, 1)
+        time.sleep(0.1)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+    time.sleep(1)
+    tell(lost_mib=max(0, before - available()) >> 10)
+
+
 def bad_supplicant():
     """A supplicant that answers what makes no sense."""
     tee = LinuxTee("/dev/teepriv0")
@@ -184,6 +234,33 @@ def contexts():
     again = LinuxTee()
     again.close()
     tell(count=count, refused=refused)
+
+
+def once():
+    """One call with a value and memory, as the device wants to have it answered."""
+    found = {}
+    try:
+        tee, answer = opened("probe")
+        found["session"] = describe(answer.code)
+        shm = tee.allocate(100)
+        done = tee.invoke(answer.session, NULL, [(7, 8, 10, shm.id), (3, 5, 6, 7)])
+        found["call"] = describe(done.code)
+        found["same"] = done.params == [(7, 8, 10, shm.id), (3, 5, 6, 7)]
+        more = tee.allocate(100)
+        more.close()
+        shm.close()
+        tee.close()
+    except OSError as error:
+        found["error"] = error.strerror
+    tell(**found)
+
+
+def stay():
+    """A call that the device never answers."""
+    tee, answer = opened("probe")
+    shm = tee.allocate(100)
+    print("holding", flush=True)
+    tee.invoke(answer.session, NULL, [(7, 8, 10, shm.id)])
 
 
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
