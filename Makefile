@@ -15,7 +15,7 @@ help:
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
-	@echo "make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in a guest"
+	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
 	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
@@ -45,9 +45,11 @@ check: $(READY)
 lab-test: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.qemu build
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu qtest
 	$(RUN) -m lab.qemu checkpatch
 	$(RUN) -m lab.qemu image
+	$(RUN) -m lab.qemu image --arch aarch64
 	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
@@ -55,7 +57,9 @@ lab-test: $(READY)
 lab-qemu-linux: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.qemu module
-	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
+	$(RUN) -m lab.qemu module --arch aarch64
+	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab

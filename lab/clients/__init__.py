@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt
-from lab.arch import AARCH64
+from lab.arch import AARCH64, Arch
 from lab.cache import build_once, digest, say
 from lab.run import output
 
@@ -33,6 +33,11 @@ class Clients:
         theirs = [path for path in sorted(self.packages.rglob("*")) if path.is_file() and "share" not in path.parts]
         ours = [(f"usr/local/bin/tee-{path.name}", path) for path in (self.examples, self.api)]
         return [*((str(path.relative_to(self.packages)), path) for path in theirs), *ours]
+
+
+def for_guest(arch: Arch) -> list[tuple[str, Path]]:
+    """Path in a guest, file here, of all of it; nothing for an architecture that Debian has it not for."""
+    return ensure_clients().in_guest() if arch == ARCH else []
 
 
 def ensure_clients() -> Clients:

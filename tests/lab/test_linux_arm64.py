@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -249,6 +250,21 @@ def test_a_second_supplicant(served: Guest) -> None:
     second = served.spawn(SUPPLICANT)
     assert second.wait(30) != 0
     assert example(served, "hello_world", 0, 41) == ["42"]
+
+
+def test_the_guide_with_its_commands() -> None:
+    """docs/linux-driver.md: a guest that has it all when it has booted."""
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
+        backend = Backend(Path(folder))
+        backend.start()
+        (Path(folder) / f"{UUIDS['hello_world']}.ta").write_bytes(backend.package("hello_world"))
+        boot = [*(sys.executable, "-m", "lab.qemu", "boot", "--arch", "aarch64", "--kernel-driver")]
+        boot += ["--socket", str(backend.socket), "--ta-folder", folder, "--"]
+        script = "tee-supplicant -d && tee-examples hello_world 0 41"
+        done = subprocess.run([*boot, "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "42\n"
+        assert backend.stop() == 0
 
 
 def test_the_driver_goes(linux: Guest) -> None:
