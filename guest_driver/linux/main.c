@@ -58,6 +58,7 @@ static int vtee_start(struct vtee *vt)
 	virtqueue_kick(vt->event);
 	/* Not before: the device may have learnt of a reset only now. */
 	vt->epoch = vtee_read_epoch(vt);
+	WRITE_ONCE(vt->silent, false);
 	WRITE_ONCE(vt->running, true);
 	WRITE_ONCE(vt->dead, false);
 	return 0;

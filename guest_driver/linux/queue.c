@@ -248,6 +248,7 @@ static void vtee_req_done(struct virtqueue *vq)
 		virtqueue_disable_cb(vq);
 		while ((req = virtqueue_get_buf(vq, &used))) {
 			req->used = used;
+			WRITE_ONCE(vt->silent, false);
 			if (vtee_is_call(req))
 				vt->calls--;
 			vt->owed -= vtee_is_owed(req);
@@ -323,6 +324,21 @@ nonsense:
 }
 
 /*
+ * Wait for what the device should do soon, also in a process that is dying. A device that was
+ * waited for in vain is not waited for again until it answers something.
+ */
+int vtee_wait_bounded(struct vtee *vt, struct completion *done, long timeout)
+{
+	if (READ_ONCE(vt->silent))
+		return completion_done(done) ? 0 : -ETIMEDOUT;
+	if (wait_for_completion_timeout(done, timeout))
+		return 0;
+	WRITE_ONCE(vt->silent, true);
+	dev_warn(&vt->vdev->dev, "the device does not answer\n");
+	return -ETIMEDOUT;
+}
+
+/*
  * Wait for a request that was sent; what has not been returned then will be finished by the driver.
  */
 static int vtee_req_wait(struct vtee_req *req, unsigned int state, long timeout)
@@ -331,7 +347,7 @@ static int vtee_req_wait(struct vtee_req *req, unsigned int state, long timeout)
 	int rc;
 
 	if (timeout)
-		rc = wait_for_completion_timeout(&req->done, timeout) ? 0 : -ETIMEDOUT;
+		rc = vtee_wait_bounded(vt, &req->done, timeout);
 	else
 		rc = wait_for_completion_state(&req->done, state) ? -EINTR : 0;
 	if (!rc)

@@ -363,8 +363,8 @@ int vtee_shm_unregister(struct tee_context *tctx, struct tee_shm *shm)
 		vtee_region_end(region);
 	if (!region->holds_pages)
 		wait_for_completion(&region->gone);
-	else if (last && !wait_for_completion_timeout(&region->gone, VTEE_CLOSE_TIMEOUT))
-		dev_warn_ratelimited(&vt->vdev->dev, "the device does not let go of memory\n");
+	else if (last)
+		vtee_wait_bounded(vt, &region->gone, VTEE_CLOSE_TIMEOUT);
 	kref_put(&region->ref, vtee_region_free);
 	return 0;
 }

@@ -82,6 +82,7 @@ struct vtee {
 	unsigned int calls; /* that the device has */
 	unsigned int owed; /* answers to RPCs that the device has not returned */
 	unsigned int next_queue;
+	bool silent; /* it was waited for in vain, and has returned nothing since */
 	struct list_head waiting_controls;
 	struct list_head waiting_others;
 	struct list_head waiting_calls;
@@ -230,6 +231,7 @@ int vtee_req_post(struct vtee_req *req, void (*finish)(struct vtee_req *req));
 int vtee_req_call(struct vtee_req *req, struct vtee_answer *answer);
 int vtee_req_call_bounded(struct vtee_req *req, struct vtee_answer *answer, long timeout);
 int vtee_req_answer(struct vtee_req *req, struct vtee_answer *answer);
+int vtee_wait_bounded(struct vtee *vt, struct completion *done, long timeout);
 bool vtee_req_cancel(struct vtee *vt, struct vtee_ctx *ctx, u32 session, u32 cancel_id);
 void vtee_cancel_tag(struct vtee *vt, struct vtee_ctx *ctx, u64 tag);
 bool vtee_epoch_in_flight(struct vtee *vt, u64 epoch);

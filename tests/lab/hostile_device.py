@@ -1,6 +1,7 @@
 """A TEE device that breaks the rules, as a vhost-user backend: `--lie FILE` names a file that says how at the moment.
 
-Apart from that it opens whatever is asked for, and answers calls with their own parameters.
+Apart from that it opens whatever is asked for, and answers calls with their own parameters. Answers to RPCs are kept in
+FILE.replies: a line each of the RPC's id, the result, and the first parameter's words.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from device.config import Config
-from device.messages import CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUEST_HEADER, RESPONSE_HEADER
+from device.messages import CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUEST_HEADER, REQUESTS, RESPONSE_HEADER
 from device.params import pack_raw, unpack_raw
 from device.wire import NULL_REGION, Event, Feature, ParamType, Queue, Request
 from pyvhost import Chain, Device
@@ -19,6 +20,7 @@ from pyvhost.io import program
 from tee.driver import GenCap, TeeInfo, TeeKind
 from tee.rpc import RpcCommand
 
+RPC_REPLY = REQUESTS[Request.RPC_REPLY].body.codec
 OK = RESPONSE_HEADER.pack(status=0, flags=0, ret=0, origin=3)
 
 
@@ -94,11 +96,20 @@ class HostileDevice(Device):
     def _region(self, body: bytes) -> bytes:
         return (77 if self.lie == "region twice" else self._ident()).to_bytes(8, "little")
 
+    def _reply(self, body: bytes) -> bytes:
+        words = RPC_REPLY.unpack(body[: RPC_REPLY.size])
+        params = unpack_raw(body, RPC_REPLY.size, words.num_params)
+        line = " ".join(str(n) for n in (words.rpc, words.ret, *(params[0][1:] if params else ())))
+        with self._lie.with_suffix(".replies").open("a") as file:
+            file.write(f"{line}\n")
+        return b""
+
     ANSWERS: ClassVar[dict[Request, Callable[[HostileDevice, bytes], bytes]]] = {
         Request.OPEN_CONTEXT: _context,
         Request.OPEN_SESSION: _session,
         Request.INVOKE: _invoke,
         Request.REGISTER_MEMORY: _region,
+        Request.RPC_REPLY: _reply,
     }
 
     # -- events
@@ -214,6 +225,23 @@ def _harmless(device: HostileDevice) -> None:
     device.rpc(7, command=RpcCommand.I2C_TRANSFER)
 
 
+def _own_rpcs(device: HostileDevice) -> None:
+    """What the driver serves itself: wait 0, send 1 of notifications, suspending, the time."""
+    wait, send = (
+        [(ParamType.VALUE_IN, 0, 5, 0)],
+        [(ParamType.VALUE_IN, 1, 5, 0)],
+    )
+    device.rpc(1, pack_raw([(ParamType.VALUE_OUT, 0, 0, 0)]), command=RpcCommand.GET_TIME)
+    device.rpc(2, pack_raw([(ParamType.VALUE_IN, 200, 0, 0)]), command=RpcCommand.SUSPEND)
+    device.rpc(3, pack_raw(wait), command=RpcCommand.NOTIFICATION)
+    device.rpc(4, pack_raw(wait), command=RpcCommand.NOTIFICATION)  # one may wait for each value
+    device.rpc(5, pack_raw(send), command=RpcCommand.NOTIFICATION)
+    device.rpc(6, pack_raw(send), command=RpcCommand.NOTIFICATION)
+    device.rpc(7, pack_raw(wait), command=RpcCommand.NOTIFICATION)  # was sent before
+    device.rpc(8, pack_raw([(ParamType.VALUE_IN, 0, 5, 100)]), command=RpcCommand.NOTIFICATION)
+    device.rpc(9, pack_raw([(ParamType.VALUE_IN, 0, 256, 0)]), command=RpcCommand.NOTIFICATION)
+
+
 _LIES: dict[str, Lie] = {
     "used 0": _used(0),
     "used too little": _used(8),
@@ -228,6 +256,7 @@ _LIES: dict[str, Lie] = {
     "unknown status": lambda device, chain, response: RESPONSE_HEADER.pack(status=99, flags=7, ret=0, origin=9),
     "no answer": lambda device, chain, response: None,
     "events": _events(_harmless),
+    "own rpcs": _events(_own_rpcs),
     "rpc 0": _events(lambda device: device.rpc(0)),
     "rpc cut short": _events(lambda device: device.rpc(1, count=5)),
     "rpc with a strange parameter": _events(lambda device: device.rpc(1, pack_raw([(0x77, 0, 0, 0)]))),

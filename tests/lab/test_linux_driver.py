@@ -243,11 +243,12 @@ def test_suspend_and_resume(served: Guest) -> None:
     served.run(["insmod", "/root/vtee_test.ko", "what=suspend"])
     served.run(["rmmod", "vtee_test"])
     found = ended(lost)
+    # whether the client, which is not frozen here, runs again before the device does
+    assert found.pop("more memory") in ("Stale file handle", "No such device")
     assert found == {
         "in flight": TARGET_DEAD,
         "old session": TARGET_DEAD,
         "with memory": TARGET_DEAD,
-        "more memory": "Stale file handle",
         "close": None,
     }
 

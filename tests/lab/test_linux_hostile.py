@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lab.qemu.guest import Guest
+from tee.results import Result
 from tests.lab.linux import bare_guest, complaints, step, told
 
 pytestmark = pytest.mark.lab
@@ -60,6 +61,17 @@ class Hostile:
         self.guest.run(["insmod", "/root/virtio_tee.ko"])
         return self.guest.run(["sh", "-c", "ls /dev/tee0"], check=False).returncode == 0
 
+    def replies(self, count: int) -> dict[int, list[int]]:
+        """Answers to RPCs by their ids, once there are so many: result and words of the first parameter."""
+        path = self.lie_file.with_suffix(".replies")
+        end = time.monotonic() + 10
+        while True:
+            lines = path.read_text().splitlines() if path.exists() else []
+            if len(lines) >= count:
+                return {int(line.split()[0]): [int(n) for n in line.split()[1:]] for line in lines}
+            assert time.monotonic() < end, lines
+            time.sleep(0.05)
+
     def log(self) -> str:
         return self.guest.run(["dmesg"]).stdout
 
@@ -85,6 +97,7 @@ def booted() -> Iterator[Hostile]:
 @pytest.fixture
 def hostile(booted: Hostile) -> Iterator[Hostile]:
     booted.lie("")
+    booted.lie_file.with_suffix(".replies").unlink(missing_ok=True)
     assert booted.load()
     booted.guest.run(["dmesg", "-c"])
     yield booted
@@ -119,6 +132,43 @@ def test_what_a_driver_puts_up_with(hostile: Hostile, how: str) -> None:
     hostile.lie("")
     assert told(hostile.guest, "once")["call"] == "SUCCESS"
     assert "not used any more" not in hostile.log()
+
+
+@requirement("DRV-RPC-1")
+def test_rpcs_that_nobody_serves(hostile: Hostile) -> None:
+    hostile.lie("events")
+    told(hostile.guest, "once")
+    assert hostile.replies(7) == {
+        1: [Result.BAD_PARAMETERS],
+        2: [Result.ITEM_NOT_FOUND],
+        3: [Result.OUT_OF_MEMORY],
+        4: [Result.SUCCESS],
+        5: [Result.BAD_PARAMETERS],
+        6: [Result.BAD_PARAMETERS],
+        7: [Result.NOT_SUPPORTED],
+    }
+
+
+@requirement("DRV-RPC-5")
+def test_rpcs_that_the_driver_serves(hostile: Hostile) -> None:
+    hostile.lie("own rpcs")
+    began = time.time()
+    told(hostile.guest, "once")
+    replies = hostile.replies(9)
+    result, seconds, nanoseconds, _ = replies.pop(1)
+    assert result == Result.SUCCESS
+    assert abs(seconds - began) < 60
+    assert nanoseconds < 10**9
+    assert replies == {
+        2: [Result.SUCCESS, 200, 0, 0],
+        3: [Result.SUCCESS, 0, 5, 0],
+        4: [Result.BAD_PARAMETERS],
+        5: [Result.SUCCESS, 1, 5, 0],
+        6: [Result.SUCCESS, 1, 5, 0],
+        7: [Result.SUCCESS, 0, 5, 0],
+        8: [0xFFFF3001],  # TEE_ERROR_TIMEOUT of OP-TEE
+        9: [Result.BAD_PARAMETERS],
+    }
 
 
 @pytest.mark.parametrize("how", ["magic", "version", "huge events", "no limits"])

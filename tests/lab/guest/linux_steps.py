@@ -256,11 +256,13 @@ def once():
 
 
 def stay():
-    """A call that the device never answers."""
+    """A call that the device never answers; much other memory is registered."""
     tee, answer = opened("probe")
+    others = [tee.allocate(100) for _ in range(20)]
     shm = tee.allocate(100)
     print("holding", flush=True)
     tee.invoke(answer.session, NULL, [(7, 8, 10, shm.id)])
+    tell(others=len(others))
 
 
 os.environ.setdefault("PYTHONUNBUFFERED", "1")
