@@ -8,15 +8,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lab-test lab-uml lab-qemu-linux docs clean
+.PHONY: help demo test check lab-test lab-qemu-linux lab-uml docs clean
 
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
+	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
 	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
-	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in a guest'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
@@ -45,22 +45,27 @@ check: $(READY)
 lab-test: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.qemu build
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu qtest
 	$(RUN) -m lab.qemu checkpatch
 	$(RUN) -m lab.qemu image
-	$(RUN) -m lab.uml image
+	$(RUN) -m lab.qemu image --arch aarch64
 	$(RUN) -m lab.qemu module
+	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
+
+lab-qemu-linux: $(READY)
+	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m lab.qemu module
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
+	$(RUN) -m lab.qemu module --arch aarch64
+	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py
+	VIRTIO_TEE_ARCH=aarch64 $(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py
-
-lab-qemu-linux: $(READY)
-	$(PYTHON) -m lab.hostdeps --for lab
-	$(RUN) -m lab.qemu module
-	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
+from lab.arch import HOST, Arch
 from lab.cache import LabError, build_once, digest, say, scratch
 from lab.qemu.image import KERNEL_SUITE, GuestImage
 from lab.rootfs import REPO
@@ -22,16 +23,17 @@ KERNEL_SOURCE = "linux-source-6.12"
 CHECKPATCH = ("--no-tree", "--strict", "--terse", "--ignore", "LINUX_VERSION_CODE,CONSTANT_COMPARISON")
 
 
-def headers(release: str) -> Path:
+def headers(release: str, arch: Arch) -> Path:
     """The folder to build modules for the kernel `release` in."""
-    base = re.sub(r"(-cloud)?-(amd64|arm64)$", "", release)
-    packages = (f"linux-headers-{release}", f"linux-headers-{base}-common", f"linux-kbuild-{base}")
-    debs = Apt(KERNEL_SUITE).debs(packages)
-    key = digest(str(RECIPE), *(deb.parent.name for deb in debs.values()))
+    base = re.sub(rf"(-cloud)?-{arch.debian}$", "", release)
+    theirs = Apt(KERNEL_SUITE, arch.debian).debs([f"linux-headers-{release}"])
+    tools = Apt(KERNEL_SUITE, HOST.debian).debs([f"linux-headers-{base}-common", f"linux-kbuild-{base}"])  # run here
+    debs = [*theirs.values(), *tools.values()]
+    key = digest(str(RECIPE), *(deb.parent.name for deb in debs))
 
     def make(new: Path) -> None:
         say(f"unpacking the headers of {release}")
-        for deb in debs.values():
+        for deb in debs:
             unpack_deb(deb, new)
 
     root = build_once("guest-headers", f"{release}-{key}", make)
@@ -49,12 +51,13 @@ def ensure_module(image: GuestImage, source: Path = SOURCES) -> Path:
 
     def make(new: Path) -> None:
         hostdeps.require("lab")
-        kernel = headers(image.kernel_release)
+        kernel = headers(image.kernel_release, image.arch)
         say(f"building {source.name} for {image.kernel_release}")
         with scratch("module") as folder:
             for path in files:
                 shutil.copy(path, folder)
-            compiler = "gcc-12" if shutil.which("gcc-12") else "gcc"
+            prefix = f"{image.arch.triplet}-"
+            compiler = f"{prefix}gcc-12" if shutil.which(f"{prefix}gcc-12") else f"{prefix}gcc"
             said = output(
                 [
                     *("make", "-s", "-C", kernel, f"M={folder}", f"CC={compiler}", f"KCFLAGS={WARNINGS}"),
@@ -64,7 +67,7 @@ def ensure_module(image: GuestImage, source: Path = SOURCES) -> Path:
             made = sorted(folder.glob("*.ko"))
             if len(made) != 1:
                 raise LabError(f"{source} made {len(made)} modules\n{said}")
-            output(["strip", "--strip-debug", "-o", new / made[0].name, made[0]])
+            output([f"{prefix}strip", "--strip-debug", "-o", new / made[0].name, made[0]])
 
     folder = build_once("guest-module", key, make)
     return next(folder.glob("*.ko"))

@@ -1,18 +1,24 @@
-"""What the tests of the kernel driver share: a guest whose kernel drives the device."""
+"""What the tests of the kernel driver share: a guest whose kernel drives the device.
+
+`VIRTIO_TEE_ARCH=aarch64` makes it an arm64 guest for all of them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lab.arch import ARCHS, X86_64
 from lab.qemu.guest import Guest, GuestConfig, GuestProcess
 from lab.qemu.image import MODULES, ensure_image
 from lab.qemu.module import ensure_module
 from tests.lab.kit import SCRIPTS, Backend, furnish
 
+ARCH = ARCHS[os.environ.get("VIRTIO_TEE_ARCH") or X86_64.name]
 SUPPLICANT = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--ta-folder", "/lib/optee_armtz"]
 BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "INFO: task", "Call Trace")
 
@@ -20,9 +26,10 @@ BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "IN
 @contextmanager
 def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
     """A guest with two CPUs; the driver is there, but not loaded. `options`: more properties of the device."""
-    image = ensure_image((*MODULES, "tee"))
+    image = ensure_image((*MODULES, "tee"), arch=ARCH)
     module = ensure_module(image)
-    with Guest(GuestConfig(sockets=[socket], cpus=2, uio=False, device_options=options), image=image) as guest:
+    config = GuestConfig(sockets=[socket], arch=ARCH, cpus=2, uio=False, device_options=options)
+    with Guest(config, image=image) as guest:
         guest.put("/root/virtio_tee.ko", module.read_bytes())
         guest.put("/root/vtee_test.ko", ensure_module(image, SCRIPTS / "kernel").read_bytes())
         guest.put("/root/linux_steps.py", (SCRIPTS / "linux_steps.py").read_bytes())
@@ -43,8 +50,8 @@ def client(folder: Path) -> Path:
     """The client in C, which needs nothing of the guest."""
     binary = folder / "client"
     source = SCRIPTS / "client.c"
-    build = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(binary), str(source)]
-    subprocess.run(build, check=True, timeout=60)
+    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    subprocess.run([*compiler, "-o", binary, source], check=True, timeout=60)
     return binary
 
 
