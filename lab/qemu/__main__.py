@@ -16,6 +16,7 @@ from lab.qemu.guest import Guest, GuestError, boot_for_person
 from lab.qemu.image import MODULES, ensure_image
 from lab.qemu.qtest import run_qtests
 from lab.qemu.source import checkpatch
+from lab.tas import TA_FOLDER, ta_files
 
 EPILOG = """\
 To see a guest with the device, type in one terminal
@@ -28,7 +29,6 @@ and in another
 
 and there, in the guest, `virtio-tee guest --help`.
 """
-TA_FOLDER = "/lib/optee_armtz"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def _boot(args: argparse.Namespace) -> int:
         num_request_queues=args.queues,
         accel="kvm" if args.kvm else default_accel(),
     )
-    image = ensure_image(extra=_tas(args.ta_folder))
+    image = ensure_image(extra=ta_files(args.ta_folder))
     if args.shell:
         return boot_for_person(config, image)
     with Guest(config, image=image) as guest:
@@ -89,17 +89,6 @@ def _boot(args: argparse.Namespace) -> int:
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         return done.returncode
-
-
-def _tas(folder: Path | None) -> list[tuple[str, Path]]:
-    """Path in the guest, file here. Raises LabError where there are none."""
-    if folder is None:
-        return []
-    found = sorted(folder.glob("*.ta"))
-    if not found:
-        raise LabError(f"--ta-folder {folder}: there is no .ta file (virtio-tee ta sign makes them)")
-    # /lib is a link to /usr/lib in the guest, which a folder of that name would replace
-    return [(f"/usr{TA_FOLDER}/{path.name}", path) for path in found]
 
 
 def _command(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ import pytest
 from lab.qemu.guest import Guest, GuestConfig
 from tee import package
 from tee.soft.examples import UUIDS, source
-from tests.lab.kit import TA_FOLDER, Backend, furnish
+from lab.tas import TA_FOLDER
+from tests.lab.kit import Backend, furnish
 
 pytestmark = pytest.mark.lab
 
