@@ -59,6 +59,11 @@ class Backend:
         self.process.communicate(timeout=READY_S)
         return self.process.returncode
 
+    def end(self) -> None:
+        """Stop it, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+
     def trace(self) -> list[dict[str, Any]]:
         lines = (line.strip().rstrip(",") for line in self.trace_file.read_text().splitlines())
         return [json.loads(line) for line in lines if line.startswith("{")]

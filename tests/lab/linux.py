@@ -65,7 +65,7 @@ def client(folder: Path) -> Path:
     """The client in C, which needs nothing of the guest."""
     binary = folder / "client"
     source = SCRIPTS / "client.c"
-    build = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(binary), str(source)]
+    build = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-pthread", "-o", str(binary), str(source)]
     subprocess.run(build, check=True, timeout=60)
     return binary
 

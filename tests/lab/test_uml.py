@@ -99,7 +99,7 @@ def test_entropy_and_disk(folder: Path, ring: str, queue: str) -> None:
             guest.put("/root/block_load.py", (SCRIPTS / "block_load.py").read_bytes())
             load = guest.spawn(["python3", "/root/block_load.py", "/dev/vda", "4"])
             load.wait_for("started")
-            time.sleep(2)
+            time.sleep(1)
             guest.run(["touch", "/run/stop"])
             assert load.wait(timeout=120) == 0, load.stderr
             outcome = json.loads(load.stdout.splitlines()[-1])
