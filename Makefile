@@ -15,7 +15,7 @@ help:
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
-	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
+	@echo 'make lab-uml   the part of it that runs under user-mode-linux, with the kernel driver (first time: 2 minutes)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in a guest'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lab.qemu.guest import Guest, GuestConfig
+from lab.tas import TA_FOLDER
 from tee import package
 from tee.soft.examples import UUIDS, source
-from lab.tas import TA_FOLDER
 from tests.lab.kit import Backend, furnish
 
 pytestmark = pytest.mark.lab

@@ -1,4 +1,4 @@
-"""The kernel driver under Debian's user-mode-linux 6.1: the tests of it that ask nothing of a machine, and a lost device."""
+"""The kernel driver under Debian's user-mode-linux 6.1: its tests that ask nothing of a machine, and a lost device."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from pathlib import Path
 import pytest
 
 from lab.driven import DrivenGuest
+from tests.lab import test_linux_driver as driver
 from tests.lab.kit import Backend
-from tests.lab.linux import complaints, ended, step, supplicant, told, uml_guest
-from tests.lab.test_linux_driver import (
-    TARGET_DEAD,
-    test_a_client_in_c,
-    test_a_client_in_the_kernel,
-    test_a_killed_client,
-    test_a_supplicant_that_answers_nonsense,
-    test_a_supplicant_that_dies_while_the_tee_waits,
-    test_a_supplicant_without_meta_parameters,
-    test_a_ta_is_loaded_over_teepriv,
-    test_after_the_resume,
-    test_many_calls_at_a_time,
-    test_more_clients_than_the_device_takes,
-    test_no_supplicant,
-    test_suspend_and_resume,
-    test_system_calls_that_make_no_sense,
-    test_the_device_is_removed,
-)
+from tests.lab.linux import complaints, ended, step, supplicant, uml_guest
 
 pytestmark = pytest.mark.lab
+
+test_a_client_in_c = driver.test_a_client_in_c
+test_a_client_in_the_kernel = driver.test_a_client_in_the_kernel
+test_a_killed_client = driver.test_a_killed_client
+test_a_supplicant_that_answers_nonsense = driver.test_a_supplicant_that_answers_nonsense
+test_a_supplicant_that_dies_while_the_tee_waits = driver.test_a_supplicant_that_dies_while_the_tee_waits
+test_a_supplicant_without_meta_parameters = driver.test_a_supplicant_without_meta_parameters
+test_a_ta_is_loaded_over_teepriv = driver.test_a_ta_is_loaded_over_teepriv
+test_many_calls_at_a_time = driver.test_many_calls_at_a_time
+test_more_clients_than_the_device_takes = driver.test_more_clients_than_the_device_takes
+test_no_supplicant = driver.test_no_supplicant
+test_suspend_and_resume = driver.test_suspend_and_resume
+test_after_the_resume = driver.test_after_the_resume
+test_system_calls_that_make_no_sense = driver.test_system_calls_that_make_no_sense
+test_the_device_is_removed = driver.test_the_device_is_removed
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,9 @@ def test_the_backend_is_killed(linux: DrivenGuest, backend: Backend) -> None:
     assert complaints(linux) == []
     backend.stop(signal.SIGKILL)
     assert ended(lost) == {
-        "in flight": TARGET_DEAD,
-        "old session": TARGET_DEAD,
-        "with memory": TARGET_DEAD,
+        "in flight": driver.TARGET_DEAD,
+        "old session": driver.TARGET_DEAD,
+        "with memory": driver.TARGET_DEAD,
         "more memory": "No such device",
         "close": None,
     }
