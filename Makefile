@@ -16,7 +16,7 @@ help:
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
-	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
+	@echo 'make lab-uml   the part of it that runs under user-mode-linux, with the kernel driver (first time: 2 minutes)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
@@ -65,7 +65,7 @@ lab-qemu-linux: $(READY)
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.uml image
-	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py
+	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py tests/lab/test_uml_linux.py
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -18,6 +18,7 @@ from lab.qemu.guest import Guest, GuestError, boot_for_person
 from lab.qemu.image import MODULES, GuestImage, ensure_image
 from lab.qemu.qtest import run_qtests
 from lab.qemu.source import checkpatch
+from lab.tas import TA_FOLDER, ta_files
 
 EPILOG = """\
 To see a guest with the device, type in one terminal
@@ -30,7 +31,6 @@ and in another
 
 and there, in the guest, `virtio-tee guest --help`.
 """
-TA_FOLDER = "/lib/optee_armtz"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def _boot(args: argparse.Namespace) -> int:
         accel="kvm" if args.kvm else default_accel(),
         uio=not args.kernel_driver,
     )
-    tas = _tas(args.ta_folder)
+    tas = ta_files(args.ta_folder)
     image = _driving_image(tas, arch) if args.kernel_driver else ensure_image(extra=tas, arch=arch)
     if args.shell:
         return boot_for_person(config, image)
@@ -116,17 +116,6 @@ def _driving_image(tas: list[tuple[str, Path]], arch: Arch) -> GuestImage:
     wanted = (*MODULES, "tee")
     built = module.ensure_module(ensure_image(wanted, arch=arch))
     return ensure_image(wanted, [*tas, *clients.for_guest(arch)], arch, [built])
-
-
-def _tas(folder: Path | None) -> list[tuple[str, Path]]:
-    """Path in the guest, file here. Raises LabError where there are none."""
-    if folder is None:
-        return []
-    found = sorted(folder.glob("*.ta"))
-    if not found:
-        raise LabError(f"--ta-folder {folder}: there is no .ta file (virtio-tee ta sign makes them)")
-    # /lib is a link to /usr/lib in the guest, which a folder of that name would replace
-    return [(f"/usr{TA_FOLDER}/{path.name}", path) for path in found]
 
 
 def _command(args: argparse.Namespace) -> int:

@@ -11,12 +11,10 @@ from lab import hostdeps
 from lab.apt import Apt, unpack_deb
 from lab.arch import HOST, Arch
 from lab.cache import LabError, build_once, digest, say, scratch
+from lab.kernel_driver import SOURCES, WARNINGS
 from lab.qemu.image import KERNEL_SUITE, GuestImage
-from lab.rootfs import REPO
 from lab.run import output
 
-SOURCES = REPO / "guest_driver" / "linux"
-WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers -Werror"
 RECIPE = 1
 KERNEL_SOURCE = "linux-source-6.12"
 # The module is built for several kernels, which is nothing that the kernel's own tree would do.

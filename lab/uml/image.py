@@ -12,6 +12,7 @@ from lab.uml.modules import OWN, Module
 from lab.uml.package import ensure_uml
 
 MODULES = ("virtio_blk", "virtio_rng")
+KERNEL_DRIVER = ("tee", "virtio_tee")  # more, for the TEE device
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lab.arch import ARCHS, X86_64
-from lab.qemu.guest import Guest, GuestConfig, GuestProcess
+from lab.driven import DrivenGuest, GuestProcess
+from lab.qemu.guest import Guest, GuestConfig
 from lab.qemu.image import MODULES, ensure_image
 from lab.qemu.module import ensure_module
+from lab.uml import image as uml
+from lab.uml import modules
+from lab.uml.guest import UmlConfig, UmlGuest
 from tests.lab.kit import SCRIPTS, Backend, furnish
 
 ARCH = ARCHS[os.environ.get("VIRTIO_TEE_ARCH") or X86_64.name]
@@ -40,29 +44,47 @@ def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
 def linux_guest(backend: Backend, folder: Path, options: str = "") -> Iterator[Guest]:
     """The driver is loaded, a supplicant is not started."""
     with bare_guest(backend.socket, options) as guest:
-        furnish(guest, backend)
-        guest.put("/root/client", client(folder).read_bytes(), 0o755)
-        guest.run(["insmod", "/root/virtio_tee.ko"])
+        load(guest, backend, folder)
         yield guest
+
+
+@contextmanager
+def uml_guest(backend: Backend, folder: Path) -> Iterator[UmlGuest]:
+    """The same under user-mode-linux."""
+    driver = modules.virtio_tee()
+    probe = modules.build_module(SCRIPTS / "kernel", "vtee_test", needs=[modules.tee()])
+    image = uml.ensure_image(("tee",))
+    with UmlGuest(UmlConfig(devices=[(backend.socket, 46)]), image=image) as guest:
+        for module in (driver, probe):
+            guest.put(f"/root/{module.name}.ko", module.ko.read_bytes())
+        load(guest, backend, folder)
+        yield guest
+
+
+def load(guest: DrivenGuest, backend: Backend, folder: Path) -> None:
+    """Furnish it, put the client in C into it, and load the driver, which is there."""
+    furnish(guest, backend)
+    guest.put("/root/client", client(folder).read_bytes(), 0o755)
+    guest.run(["insmod", "/root/virtio_tee.ko"])
 
 
 def client(folder: Path) -> Path:
     """The client in C, which needs nothing of the guest."""
     binary = folder / "client"
     source = SCRIPTS / "client.c"
-    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-pthread"]
     subprocess.run([*compiler, "-o", binary, source], check=True, timeout=60)
     return binary
 
 
-def supplicant(guest: Guest) -> GuestProcess:
+def supplicant(guest: DrivenGuest) -> GuestProcess:
     """A supplicant that serves already."""
     started = guest.spawn(SUPPLICANT)
     started.wait_for("ready")
     return started
 
 
-def told(guest: Guest, *arguments: str, timeout: float = 60) -> dict[str, object]:
+def told(guest: DrivenGuest, *arguments: str, timeout: float = 60) -> dict[str, object]:
     """What the last line of a step of `linux_steps.py` says."""
     out = guest.run(["python3", "/root/linux_steps.py", *arguments], timeout=timeout).stdout
     found = json.loads(out.splitlines()[-1])
@@ -70,7 +92,7 @@ def told(guest: Guest, *arguments: str, timeout: float = 60) -> dict[str, object
     return found
 
 
-def step(guest: Guest, *arguments: str) -> GuestProcess:
+def step(guest: DrivenGuest, *arguments: str) -> GuestProcess:
     """Start a step and wait until it holds what it is to hold."""
     started = guest.spawn(["python3", "-u", "/root/linux_steps.py", *arguments])
     started.wait_for("holding")
@@ -85,7 +107,7 @@ def ended(started: GuestProcess, timeout: float = 60) -> dict[str, object]:
     return found
 
 
-def complaints(guest: Guest) -> list[str]:
+def complaints(guest: DrivenGuest) -> list[str]:
     """Lines of the kernel's log that no driver may cause."""
     log = guest.run(["dmesg"]).stdout
     return [line for line in log.splitlines() if any(word in line for word in BAD_WORDS)]

@@ -343,6 +343,16 @@ def client() -> Iterator[AgentClient]:
     port.close()
 
 
+def test_a_request_that_a_guests_line_does_not_take_is_not_sent() -> None:
+    ours, port = socket.socketpair()
+    client = AgentClient(ours, longest=100)
+    with pytest.raises(AgentError, match="more than the guest's line takes"):
+        client.call("put", 5, data="x" * 100)
+    client.close()
+    assert port.recv(1) == b""
+    port.close()
+
+
 def test_the_agent_runs_commands_and_moves_files(client: AgentClient, tmp_path: Path) -> None:
     assert client.wait_ready(None, 5)
     assert client.boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.qemu.guest import Guest
+from lab.driven import DrivenGuest
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, linux_guest, step, supplicant, told
 
@@ -21,23 +21,12 @@ TARGET_DEAD = "TARGET_DEAD"
 
 
 @pytest.fixture(scope="module")
-def linux(backend: Backend) -> Iterator[Guest]:
+def linux(backend: Backend) -> Iterator[DrivenGuest]:
     with tempfile.TemporaryDirectory(prefix="vtee-") as folder, linux_guest(backend, Path(folder)) as guest:
         yield guest
 
 
-@pytest.fixture
-def served(linux: Guest) -> Iterator[Guest]:
-    """With a supplicant; afterwards the kernel must have had nothing to complain of."""
-    serving = supplicant(linux)
-    yield linux
-    if serving.poll() is None:
-        serving.kill()
-        serving.wait()
-    assert complaints(linux) == []
-
-
-def device(guest: Guest) -> str:
+def device(guest: DrivenGuest) -> str:
     """The virtio device's name."""
     return guest.run(["sh", "-c", "basename /sys/bus/virtio/drivers/virtio_tee/virtio*"]).stdout.strip()
 
@@ -49,7 +38,7 @@ def usage(backend: Backend) -> int:
 
 @pytest.mark.feature("Guests: Linux kernel driver, clients on the ioctls of /dev/tee0")
 @requirement("DRV-REQ-1")
-def test_a_client_in_c(served: Guest) -> None:
+def test_a_client_in_c(served: DrivenGuest) -> None:
     said = served.run(["/root/client"]).stdout.splitlines()
     assert said == [
         "version 1 0xd",
@@ -86,7 +75,7 @@ def test_a_client_in_c(served: Guest) -> None:
 
 @pytest.mark.feature("Guests: Linux kernel driver, TAs are loaded over RPC from the supplicant on /dev/teepriv0")
 @requirement("DRV-RPC-3", "DRV-RPC-6")
-def test_a_ta_is_loaded_over_teepriv(served: Guest, backend: Backend) -> None:
+def test_a_ta_is_loaded_over_teepriv(served: DrivenGuest, backend: Backend) -> None:
     before = len(backend.ended("LOAD_TA"))
     assert told(served, "hello") == {"open": "SUCCESS", "value": 42}
     loads = backend.ended("LOAD_TA")[before:]
@@ -94,12 +83,12 @@ def test_a_ta_is_loaded_over_teepriv(served: Guest, backend: Backend) -> None:
     assert {load["args"]["answered_by"] for load in loads} == {"guest"}
 
 
-def test_many_calls_at_a_time(served: Guest) -> None:
+def test_many_calls_at_a_time(served: DrivenGuest) -> None:
     assert told(served, "many", timeout=120) == {"wrong": []}
 
 
 @requirement("DRV-SES-1")
-def test_system_calls_that_make_no_sense(served: Guest) -> None:
+def test_system_calls_that_make_no_sense(served: DrivenGuest) -> None:
     assert told(served, "abuse") == {
         "no session": "BAD_PARAMETERS",
         "close": "Invalid argument",
@@ -120,13 +109,13 @@ def test_system_calls_that_make_no_sense(served: Guest) -> None:
     assert told(served, "hello")["value"] == 42
 
 
-def test_more_clients_than_the_device_takes(served: Guest) -> None:
+def test_more_clients_than_the_device_takes(served: DrivenGuest) -> None:
     found = told(served, "contexts")
     assert found == {"count": 255, "refused": "Device or resource busy"}  # one of 256 is the supplicant's
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, the kernel's own TEE clients")
-def test_a_client_in_the_kernel(served: Guest) -> None:
+def test_a_client_in_the_kernel(served: DrivenGuest) -> None:
     served.run(["insmod", "/root/vtee_test.ko"])
     try:
         said = served.run(["cat", "/sys/module/vtee_test/parameters/result"]).stdout
@@ -147,7 +136,7 @@ def test_a_client_in_the_kernel(served: Guest) -> None:
 
 @pytest.mark.feature("Guests: Linux kernel driver, a client that is killed in a call")
 @requirement("DRV-CTX-1", "DRV-CTX-2")
-def test_a_killed_client(served: Guest, backend: Backend) -> None:
+def test_a_killed_client(served: DrivenGuest, backend: Backend) -> None:
     """The call is cancelled, the context closed; the memory is given back after that and not before."""
     open_before, cancelled = usage(backend), len(backend.wait_for("CANCEL", 0))
     holding = step(served, "hold")
@@ -165,14 +154,14 @@ def test_a_killed_client(served: Guest, backend: Backend) -> None:
 
 
 @requirement("DRV-MEM-1")
-def test_killed_clients_leave_no_memory_behind(served: Guest) -> None:
+def test_killed_clients_leave_no_memory_behind(served: DrivenGuest) -> None:
     found = told(served, "killed_clients", timeout=120)
     lost = found["lost_mib"]
     assert isinstance(lost, int)
     assert lost < 40  # of 135 that were shared
 
 
-def test_a_supplicant_without_meta_parameters(linux: Guest) -> None:
+def test_a_supplicant_without_meta_parameters(linux: DrivenGuest) -> None:
     plain = step(linux, "plain_supplicant")
     assert told(linux, "hello")["value"] == 42
     plain.kill()
@@ -182,7 +171,7 @@ def test_a_supplicant_without_meta_parameters(linux: Guest) -> None:
 
 @pytest.mark.feature("Guests: Linux kernel driver, a supplicant that is missing, dies, or answers nonsense")
 @requirement("DRV-RPC-1")
-def test_no_supplicant(linux: Guest) -> None:
+def test_no_supplicant(linux: DrivenGuest) -> None:
     found = told(linux, "hello")
     assert found["open"] == "ITEM_NOT_FOUND"
     serving = supplicant(linux)
@@ -194,7 +183,7 @@ def test_no_supplicant(linux: Guest) -> None:
 
 
 @requirement("DRV-RPC-2")
-def test_a_supplicant_that_dies_while_the_tee_waits(linux: Guest, backend: Backend) -> None:
+def test_a_supplicant_that_dies_while_the_tee_waits(linux: DrivenGuest, backend: Backend) -> None:
     stuck = step(linux, "stuck_supplicant")
     client = linux.spawn(["python3", "-u", "/root/linux_steps.py", "hello"])
     stuck.wait_for("stuck")
@@ -209,7 +198,7 @@ def test_a_supplicant_that_dies_while_the_tee_waits(linux: Guest, backend: Backe
 
 
 @requirement("DRV-RPC-7")
-def test_a_supplicant_that_answers_too_late(linux: Guest, backend: Backend) -> None:
+def test_a_supplicant_that_answers_too_late(linux: DrivenGuest, backend: Backend) -> None:
     """The device withdraws the RPC after its deadline; the late answer changes nothing."""
     before = len(backend.wait_for("RPC_WITHDRAWN_ACK", 0))
     late = step(linux, "late_supplicant")
@@ -222,7 +211,7 @@ def test_a_supplicant_that_answers_too_late(linux: Guest, backend: Backend) -> N
     assert complaints(linux) == []
 
 
-def test_a_supplicant_that_answers_nonsense(linux: Guest) -> None:
+def test_a_supplicant_that_answers_nonsense(linux: DrivenGuest) -> None:
     bad = step(linux, "bad_supplicant")
     assert told(linux, "hello")["open"] in ("OUT_OF_MEMORY", "COMMUNICATION")
     assert ended(bad) == {
@@ -237,7 +226,7 @@ def test_a_supplicant_that_answers_nonsense(linux: Guest) -> None:
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, suspend and resume")
-def test_suspend_and_resume(served: Guest) -> None:
+def test_suspend_and_resume(served: DrivenGuest) -> None:
     """Calls under way end, sessions are gone; whoever comes afterwards is served."""
     lost = step(served, "lose")
     served.run(["insmod", "/root/vtee_test.ko", "what=suspend"])
@@ -253,12 +242,12 @@ def test_suspend_and_resume(served: Guest) -> None:
     }
 
 
-def test_after_the_resume(served: Guest) -> None:
+def test_after_the_resume(served: DrivenGuest) -> None:
     assert told(served, "hello")["value"] == 42
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, the device is removed with calls in flight")
-def test_the_device_is_removed(linux: Guest) -> None:
+def test_the_device_is_removed(linux: DrivenGuest) -> None:
     serving = supplicant(linux)
     lost = step(linux, "lose")
     name = device(linux)
