@@ -245,8 +245,8 @@ class Hypervisor(Manager):
                 self._heard.setdefault(vm, set()).update(vcpus or (None,))
         own = super().pending(who)
         heard = self._heard.pop(who.id, set())
-        vcpus = sorted({v for _, group in own for v in group} | {v for v in heard if v is not None})
-        lists = [(who.id, tuple(vcpus[n : n + 3])) for n in range(0, len(vcpus), 3)]
+        several = sorted({v for _, group in own for v in group} | {v for v in heard if v is not None})
+        lists = [(who.id, tuple(several[n : n + 3])) for n in range(0, len(several), 3)]
         return lists or ([(who.id, ())] if own or heard else [])
 
     # -- memory

@@ -7,7 +7,7 @@ physical addresses are physical ones (identity mapping, as in Hafnium and pKVM).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from functools import cache
@@ -17,6 +17,10 @@ from ffa.abi.transactions import AddressRange
 
 POISON = 0xA5
 """What buffers are filled with when nobody may rely on their bytes."""
+
+
+CHUNK = 1 << 21
+"""Bytes that are backed at once, when the first of them is written."""
 
 
 class Access(IntFlag):
@@ -74,7 +78,7 @@ class Region:
     owner: int
     secure: bool = False
     device: bool = False
-    data: bytearray = field(default_factory=bytearray, repr=False)  #: empty until somebody writes
+    chunks: dict[int, bytearray] = field(default_factory=dict, repr=False)  #: those that somebody has written to
 
     @property
     def end(self) -> int:
@@ -167,28 +171,44 @@ class Machine:
                 raise AccessFaultError(f"endpoint {endpoint:#x} has no {wanted.name} access to {page * PAGE_SIZE:#x}")
 
     def fetch(self, address: int, size: int) -> bytes:
-        """Bytes as a partition manager reads them, which has checked that they exist. Raises AccessFaultError if not."""
+        """Bytes as a partition manager reads them, which has checked that they exist. Raises AccessFaultError."""
         region = self._backing(address, size)
-        at = address - region.first * PAGE_SIZE
-        return bytes(region.data[at : at + size]) if region.data else bytes(size)
+        return b"".join(
+            bytes(chunk[at : at + count]) if (chunk := region.chunks.get(number)) is not None else bytes(count)
+            for number, at, count in _pieces(address, size)
+        )
 
     def store(self, address: int, data: bytes) -> None:
         """Writes as a partition manager, which has checked that the bytes exist. Raises AccessFaultError if not."""
         region = self._backing(address, len(data))
-        if not region.data:
-            region.data = bytearray(region.pages * PAGE_SIZE)
-        at = address - region.first * PAGE_SIZE
-        region.data[at : at + len(data)] = data
+        done = 0
+        for number, at, count in _pieces(address, len(data)):
+            chunk = region.chunks.get(number)
+            if chunk is None:
+                chunk = region.chunks[number] = bytearray(CHUNK)
+            chunk[at : at + count] = data[done : done + count]
+            done += count
 
     def clear(self, ranges: Sequence[AddressRange]) -> None:
         """Writes zeros."""
         for address, count in ranges:
             region = self._backing(address, count * PAGE_SIZE)
-            if region.data:
-                self.store(address, bytes(count * PAGE_SIZE))
+            for number, at, size in _pieces(address, count * PAGE_SIZE):
+                if number in region.chunks:
+                    region.chunks[number][at : at + size] = bytes(size)
 
     def _backing(self, address: int, size: int) -> Region:
         region = self.region(address // PAGE_SIZE)
         if region is None or address + size > region.end * PAGE_SIZE:
             raise AccessFaultError(f"no memory at {address:#x}")
         return region
+
+
+def _pieces(address: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The chunks that bytes are in: number of the chunk, first byte in it, bytes."""
+    end = address + size
+    while address < end:
+        at = address % CHUNK
+        count = min(CHUNK - at, end - address)
+        yield address // CHUNK, at, count
+        address += count

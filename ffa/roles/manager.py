@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from ffa.abi import messages
 from ffa.abi import transactions as abi
@@ -198,7 +199,7 @@ class Manager:
     # -- the interface
 
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
-        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Never raises for what they say."""
+        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers."""
         who = self.served.get(caller)
         found = BY_FID.get(frame.fid)
         if who is None or found is None:
@@ -228,7 +229,7 @@ class Manager:
     # -- setup and discovery
 
     def version(self, who: Served, x: Frame, vcpu: int) -> Frame:
-        """FFA_VERSION: the answer is in w0 alone. A caller that is newer by its minor version is to come down to ours."""
+        """FFA_VERSION: the answer is in w0 alone. A caller whose minor version is newer is to come down to ours."""
         asked = x[1]
         ours = self.profile.version
         if asked >> 31 or asked >> 16 != ours >> 16:
@@ -278,7 +279,7 @@ class Manager:
             raise FfaError(Error.NOT_SUPPORTED, "the caller must use the NS bit")
         return (int(self.profile.dynamic_buffers) | (2 if who.version >= VERSION_1_1 else 0), 0)
 
-    _PROPERTIES: dict[Call, Callable[[Manager, Served, int], tuple[int, ...]]] = {
+    _PROPERTIES: ClassVar[dict[Call, Callable[[Manager, Served, int], tuple[int, ...]]]] = {
         Call.RXTX_MAP: _features_rxtx,
         Call.MEM_SHARE: _features_send,
         Call.MEM_LEND: _features_send,
@@ -304,7 +305,7 @@ class Manager:
 
     def _chosen(self, who: Served, uuid: object) -> list[messages.PartitionInfo]:
         found = [p for p in self.partitions(who) if uuid in (messages.NIL, p.uuid)]
-        if not found:
+        if not found and self.profile.no_partition_is_error:
             raise FfaError(_INVALID, "no such partition")
         return found
 
@@ -621,7 +622,7 @@ class Manager:
             mine, to.framework = to.framework, 0
         return (*halves(sp), *halves(vm), *((mine, 0) if self.kind is Kind.SP else (0, mine)))
 
-    _FRAMEWORK = {Kind.SP: GET_FROM_SPM, Kind.VM: GET_FROM_HYP}
+    _FRAMEWORK: ClassVar[dict[Kind, int]] = {Kind.SP: GET_FROM_SPM, Kind.VM: GET_FROM_HYP}
 
     def notification_info_get(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """FFA_NOTIFICATION_INFO_GET: who has something pending. Lists that do not fit are told the next time."""
@@ -743,7 +744,7 @@ class Manager:
         self.transactions.forget(region)
 
     def mem_retrieve(self, who: Served, x: Frame, vcpu: int) -> Frame:
-        """FFA_MEM_RETRIEVE_REQ: as mem_send; the answer's descriptor is in RX, its length in w1, the part in RX in w2."""
+        """FFA_MEM_RETRIEVE_REQ: as mem_send; the answer's length is in w1, the part of it that is in RX in w2."""
         total, size, address, pages = x[1] & MASK32, x[2] & MASK32, x[3], x[4] & MASK32
         if address and not self.profile.dynamic_buffers:
             raise FfaError(Error.NOT_SUPPORTED)
@@ -841,7 +842,7 @@ class Manager:
     # -- debugging
 
     def console_log(self, who: Served, x: Frame, vcpu: int) -> Frame:
-        """FFA_CONSOLE_LOG: number of characters in w1, four (SMC32, w2 to w7) or eight (SMC64, x2 to x17) in each register."""
+        """FFA_CONSOLE_LOG: number of characters in w1; four are in each of w2 to w7, or eight in x2 to x17 (SMC64)."""
         smc64 = bool(x.fid & SMC64_BIT)
         text = struct.pack("<16Q", *x[2:18]) if smc64 else struct.pack("<6I", *x[2:8])
         count = x[1] & MASK32

@@ -28,6 +28,7 @@ class Profile:
     per_vcpu: bool = True  #: notifications of single vCPUs
     info_once: bool = True  #: FFA_NOTIFICATION_INFO_GET lists what is pending once
     owner_checks: bool = True  #: the sender must own the pages exclusively
+    no_partition_is_error: bool = True  #: FFA_PARTITION_INFO_GET of an unknown UUID is INVALID_PARAMETERS
 
 
 FULL = Profile()
@@ -37,7 +38,7 @@ _NOT_IN_OPTEE = frozenset(
         *(Call.MEM_LEND, Call.MEM_DONATE, Call.MEM_RETRIEVE_REQ, Call.MEM_RELINQUISH, Call.MEM_FRAG_RX),
         *(Call.MSG_SEND_DIRECT_REQ2, Call.MSG_SEND_DIRECT_RESP2, Call.PARTITION_INFO_GET_REGS),
         *(Call.RX_ACQUIRE, Call.MSG_SEND2, Call.MSG_SEND, Call.MSG_POLL, Call.MSG_WAIT, Call.YIELD),
-        *(Call.MEM_PERM_GET, Call.MEM_PERM_SET, Call.CONSOLE_LOG),
+        *(Call.MEM_PERM_GET, Call.MEM_PERM_SET, Call.CONSOLE_LOG, Call.MEM_RETRIEVE_RESP),
     }
 )
 
@@ -51,5 +52,6 @@ OPTEE_4_10 = Profile(
     per_vcpu=False,
     info_once=False,
     owner_checks=False,
+    no_partition_is_error=False,
 )
 """OP-TEE 4.10 as SPMC at S-EL1 below TF-A's SPMD, as the normal world sees both together."""

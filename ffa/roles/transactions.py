@@ -110,6 +110,11 @@ class Transactions:
     ``speaks_for(caller, sender)`` and ``may_receive(sender, receiver)`` are the manager's knowledge of endpoints.
     """
 
+    machine: Machine
+    profile: Profile
+    speaks_for: Callable[[int, int], bool]
+    may_receive: Callable[[int, int], bool]
+
     def __init__(
         self,
         machine: Machine,
@@ -242,7 +247,7 @@ class Transactions:
         return abi.build(version, answer, region.ranges)
 
     def lend(self, region: Region, caller: int, asked: int, clear: bool = False, in_parts: bool = False) -> None:
-        """``caller``, a receiver that may retrieve, gets access; by a donation it becomes the owner and the region ends.
+        """``caller``, a receiver that may retrieve, gets access; by a donation it becomes the owner.
 
         Raises FfaError: DENIED, it has it already.
         """
