@@ -8,13 +8,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lab-test docs clean
+.PHONY: help demo test check lab-test lab-uml docs clean
 
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
+	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
@@ -46,7 +47,13 @@ lab-test: $(READY)
 	$(RUN) -m lab.qemu qtest
 	$(RUN) -m lab.qemu checkpatch
 	$(RUN) -m lab.qemu image
+	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
+
+lab-uml: $(READY)
+	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m lab.uml image
+	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -62,6 +62,22 @@ FEATURE_DOCS = {
     Feature.ENCLAVES: "Server enclaves. Requires SERVICES.",
 }
 
+FEATURE_NEEDS = {
+    Feature.OCALL: Feature.RPC,
+    Feature.ATTESTATION: Feature.SERVICES,
+    Feature.ENCLAVES: Feature.SERVICES,
+}
+"""Feature → the feature without which it is nothing (DEV-FEA-3, DRV-FEA-2)."""
+
+
+def only_usable(features: int) -> int:
+    """``features`` (any feature bits) without those of this device that lack what they need."""
+    for feature, needed in FEATURE_NEEDS.items():
+        if not features & needed:
+            features &= ~int(feature)
+    return features
+
+
 Config = Struct(
     "magic" / Const(MAGIC, Int32ul) * "0x45455456, the bytes `VTEE`",
     "version_major"

@@ -19,6 +19,7 @@ metrics                   what ``serve --metrics`` tells
 machine NAME              the state diagram of ``device.machines.MACHINES[NAME]``
 features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
 requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
+faults                    what docs/faults.toml says, and tests with ``@pytest.mark.fault("quota", …)``
 ========================  ==================================================================================
 """
 
@@ -27,7 +28,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,6 +47,7 @@ from tee.results import describe  # noqa: E402
 from tee.rpc import describe_command  # noqa: E402
 
 SPECIFICATION = "docs/specification.md"
+FAULTS = "docs/faults.toml"
 BLOCK = re.compile(r"<!-- generated: (?P<what>[^\n]+?) -->\n(?P<old>.*?)<!-- end generated -->", re.DOTALL)
 REQUIREMENT = re.compile(
     r"^- \*\*\[(?P<id>(?:DEV|DRV)-[A-Z]{2,4}-\d+)\]\*\* (?P<text>.+?)(?=^- |^\n|\Z)", re.DOTALL | re.MULTILINE
@@ -273,6 +276,17 @@ class Marked:
     arguments: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A row of the fault table: what happens, and what each side sees of it."""
+
+    id: str
+    event: str
+    guest: str
+    device: str
+    tee: str
+
+
 def marked_tests(root: Path) -> list[Marked]:
     """What markers the tests under ``root`` carry, by reading their source."""
     out: list[Marked] = []
@@ -330,6 +344,37 @@ def _proof(nodes: list[str], prefix: str, most: int = 3) -> str:
     return ", ".join(links) or "—"
 
 
+OF_FEATURES = {
+    "NOT": wire.Feature.NOTIFICATION,
+    "FFA": wire.Feature.FFA_HANDLE,
+    "OCA": wire.Feature.OCALL,
+    "SVC": wire.Feature.SERVICES,
+    "ATT": wire.Feature.ATTESTATION,
+    "ENC": wire.Feature.ENCLAVES,
+    "DEV-EVT-3": wire.Feature.NOTIFICATION,
+}
+"""Group of requirements, or one of them → the feature that they belong to (see "Conformance" in the specification)."""
+
+REASONS = {
+    "DRV-SES-1": "This driver is a part of its client's own process, which is root in the guest: there is no client "
+    "whose identity it could compute or doubt. It binds a driver in the guest's kernel.",
+}
+"""Why there is no test of a requirement that belongs to no missing feature."""
+
+
+def reason(ident: str) -> str:
+    """Why no test shows a requirement: "" if there is no good reason for that."""
+    from guest_driver.core import DRIVER_FEATURES
+    from host_backend.epoch import IMPLEMENTED_FEATURES
+
+    side, group, _ = ident.split("-")
+    feature = OF_FEATURES.get(ident) or OF_FEATURES.get(group, wire.Feature(0))
+    if feature & ~(IMPLEMENTED_FEATURES if side == "DEV" else DRIVER_FEATURES):
+        does = "device does not offer" if side == "DEV" else "driver does not accept"
+        return f"This {does} {feature.name}."
+    return REASONS.get(ident, "")
+
+
 def features(prefix: str) -> str:
     """What works, and the tests that prove it: there is no row without a test."""
     groups: dict[str, dict[str, list[str]]] = {}
@@ -345,24 +390,106 @@ def features(prefix: str) -> str:
     return table(["feature", "what proves it"], rows or [["nothing yet", "—"]])
 
 
-def requirements(prefix: str) -> str:
-    """Every requirement with the tests that show it."""
+def shown_requirements() -> dict[str, list[str]]:
+    """The tests that are marked with a requirement, by its id."""
     shown: dict[str, list[str]] = {}
     for test in marked_tests(ROOT):
         if test.marker == "requirement":
             for ident in test.arguments:
                 shown.setdefault(ident, []).append(test.node)
+    return shown
+
+
+def requirements(prefix: str) -> str:
+    """Every requirement with the tests that show it, or the reason why there is none."""
+    shown = shown_requirements()
     known = requirement_list((ROOT / SPECIFICATION).read_text(encoding="utf-8"))
     unknown = sorted(set(shown) - {r.id for r in known})
     if unknown:
         raise DocsError(f"tests are marked with requirements that the specification has not: {', '.join(unknown)}")
+    bare = [r.id for r in known if r.id not in shown and not reason(r.id)]
+    if bare:
+        raise DocsError(f"no test is marked with these requirements, and there is no reason why: {', '.join(bare)}")
     rows = [
-        [f"[{r.id}](specification.md#{anchor(r.heading)})", _first_words(r.text), _proof(shown.get(r.id, []), prefix)]
+        [
+            f"[{r.id}](specification.md#{anchor(r.heading)})",
+            _first_words(r.text),
+            _proof(shown[r.id], prefix) if r.id in shown else f"*{reason(r.id)}*",
+        ]
         for r in known
     ]
     tested = sum(r.id in shown for r in known)
-    counts = f"{len(known)} requirements, {tested} of them with a test.\n\n"
+    counts = f"{len(known)} requirements: {tested} with a test, {len(known) - tested} with a reason why not.\n\n"
     return counts + table(["requirement", "begins", "shown by"], rows)
+
+
+def fault_list(text: str) -> dict[str, list[Fault]]:
+    """The faults by group, from the text of docs/faults.toml. Raises DocsError."""
+    groups: dict[str, list[Fault]] = {}
+    for group in tomllib.loads(text)["group"]:
+        try:
+            groups[group["title"]] = [Fault(**row) for row in group["fault"]]
+        except (KeyError, TypeError) as e:
+            raise DocsError(f"{FAULTS}: a row that lacks a field, or has one too many: {e}") from None
+    return groups
+
+
+def faults(prefix: str) -> str:
+    """Every fault, with the tests that show it: each has one that always runs."""
+    groups = fault_list((ROOT / FAULTS).read_text(encoding="utf-8"))
+    rows = [row.id for fault_rows in groups.values() for row in fault_rows]
+    double = {ident for ident in rows if rows.count(ident) > 1}
+    shown: dict[str, list[str]] = {ident: [] for ident in rows}
+    marked = marked_tests(ROOT)
+    unknown = {ident for test in marked if test.marker == "fault" for ident in test.arguments} - set(rows)
+    if double or unknown:
+        raise DocsError(f"faults that {FAULTS} has twice: {sorted(double)}, or not at all: {sorted(unknown)}")
+    for test in marked:
+        if test.marker == "fault":
+            for ident in test.arguments:
+                shown[ident].append(test.node)
+    sometimes = {node for node in {n for nodes in shown.values() for n in nodes} if _runs_sometimes(node)}
+    unshown = sorted(ident for ident, nodes in shown.items() if not set(nodes) - sometimes)
+    if unshown:
+        raise DocsError(f"no test that always runs shows these faults: {', '.join(unshown)}")
+    out = []
+    for title, fault_rows in groups.items():
+        cells = [[r.event, r.guest, r.device, r.tee, _proof(shown[r.id], prefix)] for r in fault_rows]
+        out.append(f"### {title}\n\n" + table(["what happens", "guest", "device", "TEE", "shown by"], cells))
+    return "\n".join(out)
+
+
+def _runs_sometimes(node: str) -> bool:
+    """Whether the test is skipped, expected to fail, or run in the lab only; or not there at all."""
+    path, *names = node.split("::")
+    scope: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    scope = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    rare = _mentions_rare([child for child in scope.body if isinstance(child, ast.Assign)], "pytestmark")
+    for name in names:
+        scope = next(c for c in scope.body if isinstance(c, _NAMED_NODES) and c.name == name)
+        rare |= any(_mentions_rare([decorator]) for decorator in scope.decorator_list)
+    return rare or _mentions_rare([scope], only=("skip", "importorskip", "xfail"))
+
+
+_NAMED_NODES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_RARE = ("skip", "skipif", "xfail", "lab")
+
+
+def _mentions_rare(nodes: Sequence[ast.AST], needs: str = "", only: Sequence[str] = _RARE) -> bool:
+    for node in nodes:
+        inner = list(ast.walk(node))
+        if needs and not any(isinstance(n, ast.Name) and n.id == needs for n in inner):
+            continue
+        if any(isinstance(n, ast.Attribute) and n.attr in only and _of_pytest(n) for n in inner):
+            return True
+    return False
+
+
+def _of_pytest(node: ast.Attribute) -> bool:
+    value = node.value
+    while isinstance(value, ast.Attribute):
+        value = value.value
+    return isinstance(value, ast.Name) and value.id == "pytest"
 
 
 def _first_words(text: str, most: int = 16) -> str:
@@ -384,7 +511,7 @@ PLAIN: dict[str, Callable[[], str]] = {
     "rpc-commands": rpc_commands,
     "metrics": metrics,
 }
-FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements}
+FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements, "faults": faults}
 
 
 def block(what: str, prefix: str) -> str:

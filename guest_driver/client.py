@@ -42,6 +42,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done
+from tee.io.notifications import Notifications
 from tee.io.runtime import Pending, TeeRuntime
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
@@ -53,6 +54,7 @@ __all__ = [
     "CancelToken",
     "Context",
     "Empty",
+    "Notifications",
     "Null",
     "Parameter",
     "PendingCall",
@@ -481,6 +483,10 @@ class Context:
         shared = SharedMemory(self, memory, owned=False)
         self._shared.add(shared)
         return shared
+
+    def notifications(self, *values: int) -> Notifications:
+        """What the TEE raises from now on for this machine: ``values``, or all. See :class:`Notifications`."""
+        return self._runtime.notifications(*values)
 
     def close(self) -> None:
         """Close it with all that is open under it. Nothing where that has happened."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -32,13 +33,17 @@ from device.wire import (
     PARAM_INLINE,
     PARAM_META,
     PARAM_TYPE_MASK,
+    RPC_SERVERS,
     Event,
     Feature,
+    ParamType,
     Queue,
     RegionFlag,
     Request,
     ResponseFlag,
+    RpcServer,
     Status,
+    only_usable,
 )
 from guest_driver.buffers import Buffer, Buffers
 from guest_driver.transport import Transport, TransportError
@@ -54,19 +59,32 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, RpcWithdrawn, Sink, TeeInfo
+from tee.driver import Done, Notification, RpcWithdrawn, Sink, TeeInfo
 from tee.memory import Memory
-from tee.params import MemRef, Nothing, Param, Value
+from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply
 
 log = logging.getLogger(__name__)
 
-DRIVER_FEATURES = Feature.INLINE | Feature.RPC
+DRIVER_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
 """Feature bits that this driver knows how to use."""
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
 _STATUS_OK = bytes(4)
+_WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
+"""Result codes of answers to RPCs that have parameters; others may leave them out."""
+
+_OPENS = frozenset({Request.OPEN_CONTEXT, Request.OPEN_SESSION})
+
+_REPLY_ATTRIBUTES: dict[int, list[int]] = {
+    RpcCommand.SHM_ALLOC: [ParamType.MEMREF_INOUT],
+    RpcCommand.SHM_FREE: [],
+}
+"""RPC command → its answer's attributes, where they are not those of the question."""
+
+_UNKNOWN_COMMAND = (RpcServer.SUPPLICANT, Result.NOT_SUPPORTED)
+
 _RESERVED = 16
 """Descriptors of a request queue that calls leave free, so that an RPC's answer can register memory."""
 
@@ -118,17 +136,19 @@ class VirtioTeeDriver:
     Raises FormatError if it is not a virtio-tee device that we know, TransportError if it has gone already.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, now: Callable[[], int] = time.time_ns) -> None:
+        """``now`` tells the guest's time to a TEE that asks for it: nanoseconds since 1970."""
         self._transport = transport
+        self._now = now
         self._buffers = Buffers(transport)
         self._sink: Sink | None = None
-        self._features = Feature(transport.features) & DRIVER_FEATURES
+        self._features = Feature(only_usable(transport.features)) & DRIVER_FEATURES
         self.config = Config.unpack(transport.read_config(CONFIG.size))
         # a VMM may have been told to make fewer queues than the device could serve
         self._request_queues = min(self.config.num_request_queues, len(transport.queues) - Queue.REQUEST)
         if self._request_queues < 1:
             raise FormatError(f"a device with {len(transport.queues)} queues is too small")
-        self._ready: deque[Done | Rpc | RpcWithdrawn] = deque()
+        self._ready: deque[Done | Rpc | RpcWithdrawn | Notification] = deque()
         self._controls: deque[_InFlight] = deque()
         """Requests that wait for room in the control queue."""
         self._others: deque[_InFlight] = deque()
@@ -146,7 +166,22 @@ class VirtioTeeDriver:
         """Answers to RPCs and acknowledgements that the device has not returned."""
         self._lent: dict[Memory, Rpc] = {}
         """Memory that was the answer to a SHM_ALLOC and was not freed by a SHM_FREE."""
+        self._contexts: set[GuestContext] = set()
+        self._sessions: set[GuestSession] = set()
+        self._opening: Counter[Request] = Counter()
+        """Requests under way that may add to them."""
         self._regions: dict[int, Memory] = {}
+        self._given: set[_InFlight] = set()
+        """Requests that the device has."""
+        self._lost: set[_InFlight] = set()
+        """Those of them that were made before its state was lost."""
+        self._shared: dict[Memory, int] = {}
+        """Memory that the device may use, as it is registered, or will be; with its bytes."""
+        self._shared_bytes = 0
+        self._kept: dict[Memory, None] = {}
+        """… of an epoch that is over, until all of ``_lost`` were returned."""
+        self._released: dict[Memory, None] = {}
+        """What was released while the device may use it: reserved until it does not."""
         self._next_tag = 1
         self._next_queue = 0
         self._dead = ""
@@ -175,8 +210,11 @@ class VirtioTeeDriver:
         return self._transport.allocate(size)
 
     def release(self, memory: Memory) -> None:
-        """See :class:`~tee.driver.TeeDriver`."""
-        self._transport.release(memory)
+        """See :class:`~tee.driver.TeeDriver`. What the device may still use stays reserved until it does not."""
+        if memory in self._shared or memory in self._kept:
+            self._released[memory] = None
+        else:
+            self._transport.release(memory)
 
     def start(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -214,7 +252,7 @@ class VirtioTeeDriver:
             return
         del self._rpcs[ident]
         try:
-            raw = [self._raw_answer(param) for param in reply.params]
+            raw = self._raw_reply(rpc, reply)
             pack_raw(raw)
             body = _body(Request.RPC_REPLY, rpc=ident, ret=reply.code, origin=reply.origin, num_params=len(raw))
         except (_RefusedError, ValueError, struct.error):
@@ -297,6 +335,8 @@ class VirtioTeeDriver:
         if call is not None:
             self._in_flight[tag] = flight
             self._by_call[call] = flight
+            if request in _OPENS:
+                self._opening[request] += 1
         if REQUESTS[request].queue is Queue.CONTROL:
             self._controls.append(flight)
         elif request in CALLS:
@@ -349,6 +389,7 @@ class VirtioTeeDriver:
             queue.add(buffer.segments(0, flight.readable), buffer.segments(flight.readable, flight.room), flight)
         except QueueFull:
             return False
+        self._given.add(flight)
         if queue.kick_needed():
             self._transport.kick(index)
         return True
@@ -362,7 +403,12 @@ class VirtioTeeDriver:
         self._buffers.give(flight.buffer)
         self._ready.append(Done(call, Result.CANCEL, Origin.API))
 
+    def _check_room(self, request: Request, there: int, limit: int) -> None:
+        if there + self._opening[request] >= limit:
+            raise _RefusedError(Result.OUT_OF_MEMORY)
+
     def _open_context(self, call: OpenContext) -> None:
+        self._check_room(Request.OPEN_CONTEXT, len(self._contexts), self.config.limits.max_contexts)
         self._request(Request.OPEN_CONTEXT, _body(Request.OPEN_CONTEXT, flags=0), call, None)
 
     def _close_context(self, call: CloseContext) -> None:
@@ -372,6 +418,7 @@ class VirtioTeeDriver:
         self._request(Request.CLOSE_CONTEXT, b"", call, context)
 
     def _open_session(self, call: OpenSession) -> None:
+        self._check_room(Request.OPEN_SESSION, len(self._sessions), self.config.limits.max_sessions)
         raw, inline_in, inline_out = self._raw_params(call.params)
         body = _body(
             Request.OPEN_SESSION,
@@ -387,7 +434,8 @@ class VirtioTeeDriver:
         session = _session(call.session)
         for flight in [f for f in self._calls if f.session is session]:
             self._drop(flight)
-        self._request(Request.CLOSE_SESSION, _body(Request.CLOSE_SESSION, session=session.ident), call, session.context)
+        body = _body(Request.CLOSE_SESSION, session=session.ident)
+        self._request(Request.CLOSE_SESSION, body, call, session.context, session=session)
 
     def _invoke(self, call: Invoke) -> None:
         session = _session(call.session)
@@ -406,13 +454,21 @@ class VirtioTeeDriver:
 
     def _register(self, call: RegisterMemory) -> None:
         ranges = call.memory.ranges
-        if not ranges or len(ranges) > self.config.limits.max_region_ranges:
+        limits = self.config.limits
+        if (
+            not 0 < len(ranges) <= limits.max_region_ranges
+            or len(self._shared) >= limits.max_regions
+            or self._shared_bytes + call.memory.size > limits.max_region_bytes
+        ):
             raise _RefusedError(Result.OUT_OF_MEMORY)
         flags = RegionFlag.READ_ONLY if call.memory.read_only else 0
         body = _body(Request.REGISTER_MEMORY, flags=flags, num_ranges=len(ranges), size=call.memory.size)
         tail = b"".join(r.address.to_bytes(8, "little") + r.length.to_bytes(8, "little") for r in ranges)
         assert len(tail) == len(ranges) * RANGE_SIZE
         self._request(Request.REGISTER_MEMORY, body, call, _context(call.context), tail=tail)
+        if call.memory not in self._shared:
+            self._shared[call.memory] = call.memory.size
+            self._shared_bytes += call.memory.size
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = call.memory.handle
@@ -469,6 +525,18 @@ class VirtioTeeDriver:
                 raw.append((attr | PARAM_INLINE, 0, param.size, 0))
         return raw, b"".join(data_in), size_out
 
+    def _raw_reply(self, rpc: Rpc, reply: RpcReply) -> list[RawParam]:
+        """The parameters of an answer, which are those of the question, but for SHM_ALLOC and SHM_FREE (DRV-RPC-6)."""
+        raw = [self._raw_answer(param) for param in reply.params]
+        wanted = _REPLY_ATTRIBUTES.get(rpc.command)
+        if wanted is None:
+            wanted = [attribute(param) for param in rpc.params]
+        if [attr for attr, *_ in raw] == wanted:
+            return raw
+        if reply.code in _WITH_PARAMS:
+            raise _RefusedError(Result.BAD_PARAMETERS)
+        return []
+
     def _raw_answer(self, param: Param) -> RawParam:
         if isinstance(param, Value):
             return (attribute(param), param.a, param.b, param.c)
@@ -502,6 +570,10 @@ class VirtioTeeDriver:
         data = flight.buffer.read(flight.readable, written)
         self._buffers.give(flight.buffer)
         self._running.discard(flight)
+        self._given.discard(flight)
+        if self._lost:
+            self._lost.discard(flight)
+            self._free_kept()
         call = flight.call
         if call is None:
             self._controlled(flight, data)
@@ -514,6 +586,13 @@ class VirtioTeeDriver:
         except ProtocolError:
             self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
             raise
+        if isinstance(call, RegisterMemory) and call.memory.handle is None:
+            self._unshare(call.memory)
+        elif flight.request == Request.CLOSE_SESSION and flight.session is not None:
+            self._sessions.discard(flight.session)
+        elif flight.request == Request.CLOSE_CONTEXT and flight.context is not None:
+            self._contexts.discard(flight.context)
+            self._sessions = {session for session in self._sessions if session.context in self._contexts}
         self._ready.append(done)
         if status == Status.STALE_EPOCH:
             self._check_epoch()
@@ -548,6 +627,8 @@ class VirtioTeeDriver:
         self._in_flight.pop(flight.tag, None)
         if flight.call is not None:
             self._by_call.pop(flight.call, None)
+            if flight.request in _OPENS:
+                self._opening[flight.request] -= 1
             flight.call = None
 
     def _response_body(self, flight: _InFlight, data: bytes) -> Any:
@@ -565,7 +646,8 @@ class VirtioTeeDriver:
     def _context_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         ident = self._opened(flight, done, data, "context")
         if ident:
-            done.value = GuestContext(ident, self.config.epoch)
+            done.value = context = GuestContext(ident, self.config.epoch)
+            self._contexts.add(context)
 
     def _session_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, OpenSession)
@@ -573,7 +655,8 @@ class VirtioTeeDriver:
         self._take_params(flight, done, data, done.call.params, self._response_body(flight, data).num_params)
         if ident:
             assert flight.context is not None
-            done.value = GuestSession(flight.context, ident)
+            done.value = session = GuestSession(flight.context, ident)
+            self._sessions.add(session)
 
     def _invoked(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, Invoke)
@@ -609,7 +692,8 @@ class VirtioTeeDriver:
 
     def _unregistered(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, UnregisterMemory)
-        self._forget(done.call.memory)
+        if done.code == Result.SUCCESS:  # otherwise its context closes, and it is used until that has closed
+            self._forget(done.call.memory)
 
     def _context_closed(self, flight: _InFlight, done: Done, data: bytes) -> None:
         for memory in list(self._regions.values()):
@@ -620,6 +704,22 @@ class VirtioTeeDriver:
         if isinstance(memory.handle, GuestRegion):
             self._regions.pop(memory.handle.ident, None)
             memory.handle = None
+        self._unshare(memory)
+
+    def _unshare(self, memory: Memory) -> None:
+        """The device does not use it any more."""
+        self._shared_bytes -= self._shared.pop(memory, 0)
+        if memory in self._released and memory not in self._kept:
+            del self._released[memory]
+            self._transport.release(memory)
+
+    def _free_kept(self) -> None:
+        """Nothing of an earlier epoch is used any more, once all its requests were returned."""
+        if not self._lost:
+            kept, self._kept = self._kept, {}
+            for memory in kept:
+                if memory not in self._shared:
+                    self._unshare(memory)
 
     def _nothing(self, flight: _InFlight, done: Done, data: bytes) -> None:
         pass
@@ -687,7 +787,19 @@ class VirtioTeeDriver:
                     self._lent.pop(param.memory, None)
         self._rpcs[body.rpc] = rpc
         self._rpc_ids[rpc] = body.rpc
-        self._ready.append(rpc)
+        if RPC_SERVERS.get(rpc.command, _UNKNOWN_COMMAND)[0] is RpcServer.DRIVER:
+            self.answer(rpc, self._own_answer(rpc))
+        else:
+            self._ready.append(rpc)
+
+    def _own_answer(self, rpc: Rpc) -> RpcReply:
+        """To an RPC that is for the driver: GET_TIME. There are no threads here that could wait for another one."""
+        if rpc.command != RpcCommand.GET_TIME:
+            return RpcReply(RPC_SERVERS[rpc.command][1])
+        (place, *others) = rpc.params or [Nothing()]
+        if others or not isinstance(place, Value) or place.direction is not Direction.OUT or place.meta:
+            return RpcReply(Result.BAD_PARAMETERS)
+        return RpcReply(Result.SUCCESS, [Value(Direction.OUT, *divmod(self._now(), 10**9))])
 
     def _rpc_param(self, raw: RawParam) -> Param:
         attr, a, b, c = raw
@@ -714,12 +826,17 @@ class VirtioTeeDriver:
             del self._rpc_ids[rpc]
             self._ready.append(RpcWithdrawn(rpc))
 
+    def _notified(self, data: bytes) -> None:
+        if self._features & Feature.NOTIFICATION:
+            self._ready.append(Notification(EVENTS[Event.NOTIFICATION].codec.unpack(data).value))
+
     def _ignored(self, data: bytes) -> None:
         pass
 
     _EVENTS: ClassVar[dict[int, Callable[[Any, bytes], None]]] = {
         Event.RPC: _rpc,
         Event.RPC_WITHDRAWN: _rpc_withdrawn,
+        Event.NOTIFICATION: _notified,
         Event.EPOCH: _ignored,
     }
 
@@ -741,6 +858,10 @@ class VirtioTeeDriver:
 
     def _abandon(self) -> None:
         """Nobody will answer what is under way."""
+        self._lost |= self._given
+        self._kept.update(dict.fromkeys(self._shared))
+        self._shared.clear()
+        self._shared_bytes = 0
         for flight in list(self._in_flight.values()):
             call = flight.call
             self._end(flight)
@@ -748,6 +869,8 @@ class VirtioTeeDriver:
                 self._ready.append(Done(call, Result.COMMUNICATION, Origin.COMMS, may_have_run=True))
         for rpc in (*self._rpcs.values(), *dict.fromkeys(self._lent.values())):
             self._ready.append(RpcWithdrawn(rpc))
+        self._contexts.clear()
+        self._sessions.clear()
         self._rpcs.clear()
         self._rpc_ids.clear()
         self._lent.clear()
@@ -757,6 +880,7 @@ class VirtioTeeDriver:
         self._calls.clear()
         for memory in list(self._regions.values()):
             self._forget(memory)
+        self._free_kept()
 
     def _die(self, why: str) -> None:
         if not self._dead:

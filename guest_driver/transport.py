@@ -20,7 +20,9 @@ class Transport(Protocol):
     features: int
     """Negotiated feature bits."""
 
-    queues: Sequence[DriverQueue]
+    @property
+    def queues(self) -> Sequence[DriverQueue]:
+        """All queues, by index."""
 
     def read_config(self, size: int) -> bytes:
         """The first ``size`` bytes of the config space, of one generation. Raises TransportError."""

@@ -12,13 +12,16 @@ import select
 
 from device.config import Config
 from device.messages import CONFIG
-from device.wire import Queue
+from device.wire import Queue, only_usable
 from guest_driver.arena import PAGE, Arena
 from guest_driver.transport import TransportError
 from pyvhost.errors import Disconnected, PyvhostError
 from pyvhost.io.frontend import DEFAULT_FEATURES, Frontend, Ram
 from pyvhost.vring.api import DriverQueue
 from tee.memory import Memory, Range
+
+_READINGS = 100
+"""After which a config space that is another one each time is given up."""
 
 
 class VhostUserTransport:
@@ -37,7 +40,8 @@ class VhostUserTransport:
         self._poll = select.epoll()
         self._peer_fd = -1
         try:
-            self.features = self.frontend.negotiate(DEFAULT_FEATURES | wanted)
+            agreed = self.frontend.negotiate(DEFAULT_FEATURES | wanted)
+            self.features = self.frontend.machine.features = only_usable(agreed)
             config = Config.unpack(self.read_config(CONFIG.size))
             for index in range(Queue.REQUEST + config.num_request_queues):
                 queue = self.frontend.add_queue(index, queue_size)
@@ -69,9 +73,15 @@ class VhostUserTransport:
     def read_config(self, size: int) -> bytes:
         """See :class:`~guest_driver.transport.Transport`."""
         try:
-            return self.frontend.read_config(0, size)
+            before = self.frontend.read_config(0, size)
+            for _ in range(_READINGS):  # vhost-user has no configuration generation
+                again = self.frontend.read_config(0, size)
+                if again == before:
+                    return again
+                before = again
         except (PyvhostError, OSError) as e:
             raise TransportError(f"the config space cannot be read: {e}") from None
+        raise TransportError("the device's config space does not come to rest")
 
     def kick(self, index: int) -> None:
         """See :class:`~guest_driver.transport.Transport`."""

@@ -16,7 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.wire import DEVICE_ID
+from device.config import Config
+from device.messages import CONFIG
+from device.wire import DEVICE_ID, Queue, only_usable
 from guest_driver.arena import Arena
 from guest_driver.transport import TransportError
 from pyvhost.io.fence import host_fences
@@ -113,7 +115,7 @@ _QUEUE_DESC, _QUEUE_DRIVER, _QUEUE_DEVICE = 32, 40, 48
 
 
 class PciTransport:
-    """The device at ``path``, reset, negotiated and started. Raises PciError.
+    """The device at ``path``, reset, negotiated and started. Raises PciError, and FormatError where it is none of ours.
 
     ``memory_bytes`` of huge pages are taken for buffers; ``wanted`` are the device-specific feature bits to
     negotiate if offered.
@@ -152,6 +154,9 @@ class PciTransport:
         self._common.write(_STATUS, 1, _ACKNOWLEDGE | _DRIVER | _FEATURES_OK)
         if not self._common.read(_STATUS, 1) & _FEATURES_OK:
             raise PciError("the device refused the features that it had offered")
+        Config.unpack(self.read_config(CONFIG.size))  # is it ours at all
+        if self._common.read(_NUM_QUEUES, 2) <= Queue.REQUEST:
+            raise PciError(f"{self.path.name} has no request queue")
         self._fences = host_fences()
         self.queues: list[SplitDriverQueue] = []
         self._notify_at: list[int] = []
@@ -212,7 +217,7 @@ class PciTransport:
             offered |= self._common.read(_DEVICE_FEATURE, 4) << 32 * half
         if not offered & _F_VERSION_1:
             raise PciError(f"{self.path.name} is not a virtio 1 device")
-        features = offered & (wanted | _F_INDIRECT_DESC | _F_EVENT_IDX) | _F_VERSION_1
+        features = only_usable(offered & (wanted | _F_INDIRECT_DESC | _F_EVENT_IDX) | _F_VERSION_1)
         for half in (0, 1):
             self._common.write(_DRIVER_FEATURE_SELECT, 4, half)
             self._common.write(_DRIVER_FEATURE, 4, features >> 32 * half & 0xFFFF_FFFF)

@@ -10,7 +10,7 @@ from device.config import Config, Limits
 from device.machines import LIFE, LifeAction, LifeEvent, LifeState
 from device.messages import CONFIG, EVENT_HEADER
 from device.requests import RESPONSE_HEADER_SIZE, refusal
-from device.wire import Event, Feature, Queue, ResponseFlag, Status
+from device.wire import Event, Feature, Queue, ResponseFlag, Status, only_usable
 from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
 from host_backend.router import Router
 from host_backend.slots import Leased
@@ -26,8 +26,11 @@ log = logging.getLogger(__name__)
 _NOTIFY_EVERY = 4
 """Completions after which the driver is signalled while the device goes on working."""
 
-_BUDGET = 64
-"""Requests taken from one ring before others have their turn."""
+_BUDGET = 32
+"""Requests taken from one ring before others have their turn: the control queue, say, with a cancel."""
+
+_RPC_RINGS = frozenset({Queue.CONTROL, Queue.EVENT})
+"""While one of them is stopped no RPC can be answered."""
 
 
 class TeeDevice(Device):
@@ -65,6 +68,8 @@ class TeeDevice(Device):
         self._dirty: set[int] = set()
         self._lost: set[int] = set()
         """Rings with requests of which another backend may have run some."""
+        self._search: dict[int, int] = {}
+        """Rings in which a CANCEL's request may lie → how many of their requests are still to be looked at."""
         self._taken_over = False
         """The driver runs on from before this epoch."""
         self._announce = False
@@ -91,7 +96,7 @@ class TeeDevice(Device):
             self.router.tee,
             self,
             vm=self.vm,
-            features=Feature(self.acked_features) & IMPLEMENTED_FEATURES,
+            features=Feature(only_usable(self.acked_features)) & IMPLEMENTED_FEATURES,
             limits=self.limits,
             clock=self._clock,
             on_drained=self._on_drained,
@@ -110,10 +115,19 @@ class TeeDevice(Device):
                 self._trace.mark(self.vm, "epoch ended", because=event.value)
             old, self.epoch = self.epoch, self._begin(self.epoch.number)
             self._draining.add(old)
+            self._search.clear()
             self.router.touched = True
             if self._connected:
                 self.link.config_changed()
-            old.end()
+            try:
+                old.end()
+            except Exception:
+                log.exception(
+                    "vm %s: an error of the backend itself, in ending an epoch; its contexts are closed: report this",
+                    self.vm,
+                )
+                old.ended = True
+                old.give_up()
         elif action is LifeAction.SERVE:
             for index in self._running:
                 self.link.wake(index)
@@ -134,14 +148,16 @@ class TeeDevice(Device):
             self._trace.mark(self.vm, "connected")
 
     def negotiated(self, features: int) -> None:
-        self.epoch.features = Feature(features) & IMPLEMENTED_FEATURES
+        self.epoch.features = Feature(only_usable(features)) & IMPLEMENTED_FEATURES
 
     def memory_changed(self, memory: GuestMemory) -> None:
         self.memory_version += 1
 
     def queue_started(self, index: int, queue: DeviceQueue, resumed: bool) -> None:
         self._running.add(index)
-        if not resumed and self._is_under_way(queue):
+        if self._running.issuperset(_RPC_RINGS):
+            self.epoch.rpcs.resume()
+        if not resumed and (self._taken_over or self._is_under_way(queue)):
             self._take_over(index)
         self._live(LifeEvent.RESUME if resumed else LifeEvent.START)
         if resumed:
@@ -159,6 +175,8 @@ class TeeDevice(Device):
         if not self._taken_over:
             log.info("vm %s: its driver runs on, with its state lost: epoch %#x", self.vm, self.epoch.number)
             self._taken_over = self._announce = True
+            # a ring of which nothing was returned yet looks like a new one, until another one tells
+            self._lost |= self._running - {Queue.EVENT}
             self.link.config_changed()
 
     def _abandon(self, index: int, queue: DeviceQueue) -> None:
@@ -176,6 +194,8 @@ class TeeDevice(Device):
 
     def queue_stopped(self, index: int) -> None:
         self._running.discard(index)
+        if index in _RPC_RINGS:
+            self.epoch.rpcs.pause()
         if not self._running:
             self._live(LifeEvent.STOP)
 
@@ -202,49 +222,62 @@ class TeeDevice(Device):
         queue = self.queues[index]
         if queue is None or self.life is not LifeState.RUNNING:
             return False  # when it runs again, link.wake() brings us back
-        if index in self._lost:
-            self._abandon(index, queue)
         if index == Queue.EVENT:
             self._tell_epoch()
             self.epoch.rpcs.pump()
             more = False
         else:
-            more = self._drain(index, queue)
+            more = self._drain(index, queue, _BUDGET)
+        if index == Queue.CONTROL and self._search:
+            more |= self._go_on_searching()
         if queue.broken is not None and self._trace is not None:
             self._trace.broken(self.vm, index, queue.broken)
         self.flush()
         self.router.touched = True
         return more
 
-    def _drain(self, index: int, queue: DeviceQueue) -> bool:
+    def _drain(self, index: int, queue: DeviceQueue, budget: int) -> bool:
+        if index in self._lost:
+            self._abandon(index, queue)
         kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
 
         def take(chain: Chain) -> int | None:
             written = self._take(index, kind, chain)
             if written is None:
-                self.router.tee.run()
+                self.router.serve()
                 if self._completed >= _NOTIFY_EVERY:
                     self.flush()
             return written
 
-        return queue.drain(take, _BUDGET, _NOTIFY_EVERY)
+        return queue.drain(take, budget, _NOTIFY_EVERY)
 
     def look_for_requests(self) -> None:
         for index in range(Queue.REQUEST, self.num_queues):
             queue = self.queues[index]
             if queue is not None:
-                if index in self._lost:
-                    self._abandon(index, queue)
-                # at most what a ring can hold: a driver that goes on adding does not keep us here
-                for _ in range(queue.size):
-                    chain = queue.pop()
-                    if chain is None:
-                        break
-                    written = self._take(index, Queue.REQUEST, chain)
-                    if written is not None:
-                        queue.push(chain.head, written)
-                        self.completed(index)
+                # at most what a ring can hold: a driver that goes on adding does not keep us looking
+                self._search[index] = queue.size
+        self.link.wake(Queue.CONTROL)
+
+    def _go_on_searching(self) -> bool:
+        """Look at as many requests as one ring may have taken in a turn; whether that was not all."""
+        budget = _BUDGET
+        for index, left in list(self._search.items()):
+            queue = self.queues[index]
+            del self._search[index]
+            if queue is None or queue.stopped or not self.link.enabled(index):
+                continue  # it is not to be looked at
+            count = min(left, budget)
+            if self._drain(index, queue, count):
                 self.link.wake(index)
+                if left > count:
+                    self._search[index] = left - count
+            budget -= count
+            if not budget:
+                break
+        if not self._search:
+            self.epoch.searched()
+        return bool(self._search)
 
     def _take(self, index: int, kind: Queue, chain: Chain) -> int | None:
         """Serve a request; how many bytes of response there are, or None: it will be given back later."""
@@ -285,7 +318,7 @@ class TeeDevice(Device):
 
     def _put_event(self, data: bytes) -> bool:
         queue = self.queues[Queue.EVENT]
-        if queue is None or queue.stopped:
+        if queue is None or queue.stopped or not self.link.enabled(Queue.EVENT):
             return False
         for _ in range(queue.size):
             chain = queue.pop()

@@ -99,6 +99,8 @@ class Epoch:
         self.limits = limits
         self.ended = False
         self._over = False
+        self._failed = False
+        """An error of our own has made the tables unreliable: only what the TEE says counts from here on."""
         self.contexts: IdTable[ContextEntry] = IdTable(limits.max_contexts)
         self.sessions: IdTable[SessionEntry] = IdTable(limits.max_sessions)
         self.regions: IdTable[RegionEntry] = IdTable(limits.max_regions)
@@ -111,7 +113,12 @@ class Epoch:
         """How many of them run code in the TEE."""
         self.held: list[Pending] = []
         """Requests whose responses wait for their ring."""
-        self._closing = 0
+        self._closing: set[ContextEntry] = set()
+        """Contexts that the device closes on its own behalf."""
+        self._sought: dict[int, list[Pending]] = {}
+        """CANCELs by the tag that they look for, which may lie in a ring yet."""
+        self._sought_late: dict[int, list[Pending]] = {}
+        """Those that came when the search had begun."""
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
@@ -138,10 +145,7 @@ class Epoch:
             if begun is not None:
                 self._invoke_begun(slot_of(place), request, begun)
                 return None
-            response = HANDLERS[request.type](self, slot_of(place), request)
-            if self.trace is not None and request.type in ANSWERED_AT_ONCE:
-                self.trace.answered(self.vm, request.type, Status.OK)
-            return response
+            return HANDLERS[request.type](self, slot_of(place), request)
         except RequestError as e:
             if self.trace is not None:
                 self.trace.answered(self.vm, int.from_bytes(data[:4], "little"), e.status)
@@ -183,11 +187,14 @@ class Epoch:
             region.users += 1
         if self.trace is not None:
             self.trace.request(self.vm, pending.request.type, pending.request.tag, at or time.monotonic_ns())
-        if begun is None:
-            self.tee.start(call)
-        else:
+        pending.at_tee = True
+        if begun is not None:
             assert isinstance(call, Invoke)
             begun.becomes(call)
+            return
+        if self._sought and self._cancel_sought(pending):
+            return
+        self.tee.start(call)
 
     def open_context(self, slot: Slot, request: ParsedRequest) -> None:
         if request.body.flags:
@@ -209,7 +216,6 @@ class Epoch:
         context = self._context(request)
         self._admit(request)
         context.closing = True
-        self._give_up_unregisters(context)
         self.rpcs.hurry(context=context)
         pending = Pending(self, slot, request, context, Epoch._context_closed)
         self._start(pending, CloseContext(owner=pending, context=context.handle))
@@ -300,6 +306,7 @@ class Epoch:
             or (context := session.context).ident != ident
             or context.closing
             or self.running >= self.limits.max_calls
+            or self._sought
         ):
             return None
         at_once = self._at_once
@@ -396,20 +403,24 @@ class Epoch:
 
     def _unregister_if_unused(self, region: RegionEntry) -> None:
         pending = region.unregister
-        if pending is not None and region.users == 0 and not pending.regions:
-            pending.regions.append(region)
-            assert pending.call is not None
-            region.users += 1
-            self.tee.start(pending.call)
+        if pending is None or region.users or pending.regions:
+            return
+        if region.context.closing:
+            self._give_up_unregister(region)
+            return
+        pending.regions.append(region)
+        assert pending.call is not None
+        region.users += 1
+        pending.at_tee = True
+        self.tee.start(pending.call)
 
-    def _give_up_unregisters(self, context: ContextEntry | None = None) -> None:
-        """The context (all of them) closes: what waits to unregister its memory has nothing left to do."""
-        for region in self.regions:
-            pending = region.unregister
-            if pending is not None and context in (None, region.context) and not pending.regions:
-                region.unregister = None
-                assert pending.call is not None
-                self._return(pending, Done(pending.call, Result.CANCEL, Origin.COMMS), ())
+    def _give_up_unregister(self, region: RegionEntry) -> None:
+        """The context closes: what waits to unregister its memory has nothing left to do."""
+        pending = region.unregister
+        if pending is not None and not pending.regions:
+            region.unregister = None
+            assert pending.call is not None
+            self._return(pending, Done(pending.call, Result.CANCEL, Origin.COMMS), ())
 
     def _unregistered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         (region,) = pending.regions
@@ -417,32 +428,74 @@ class Epoch:
         self._forget_region(region)
         return ()
 
-    def cancel(self, slot: Slot, request: ParsedRequest) -> bytes:
+    def cancel(self, slot: Slot, request: ParsedRequest) -> bytes | None:
         context = self._context(request)
         self._admit(request)
-        target = self._find_call(context, request.body.tag)
+        target = self.calls.get(request.body.tag)
         if target is None:
             # the request to cancel may lie in a ring that has not been looked at since
-            self.port.look_for_requests()
-            target = self._find_call(context, request.body.tag)
-        if target is None:
-            raise RequestError(Status.NOT_FOUND, f"no request with tag {request.body.tag:#x}")
+            pending = Pending(self, slot, request, context, Epoch._nothing)
+            self.calls[request.tag] = pending
+            if self._sought:
+                self._sought_late.setdefault(request.body.tag, []).append(pending)
+            else:
+                self._sought[request.body.tag] = [pending]
+                self.port.look_for_requests()
+            return None
+        if target.context is not context or target.request.type == Request.CANCEL:
+            raise RequestError(Status.NOT_FOUND, f"no request with tag {request.body.tag:#x} in this context")
         self._step(target, CallEvent.CANCEL)
-        return pack_response()
+        return self._answered(request)
 
-    def _find_call(self, context: ContextEntry, tag: int) -> Pending | None:
-        pending = self.calls.get(tag)
-        return pending if pending is not None and pending.context is context else None
+    def _nothing(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
+        return ()
+
+    def _cancel_sought(self, target: Pending) -> bool:
+        """``target`` comes from a ring, and CANCELs look for it perhaps; whether it has ended, without having run."""
+        tag, found = target.request.tag, False
+        for sought in (self._sought, self._sought_late):
+            for pending in sought.get(tag, ()):
+                ours = pending.context is target.context
+                found |= ours
+                self._end_cancel(pending, Status.OK if ours else Status.NOT_FOUND)
+            if tag in sought:
+                sought[tag] = []
+        if not found or target.request.type not in CALLS:
+            return False
+        assert target.call is not None
+        self.done(target, Done(target.call, Result.CANCEL, Origin.COMMS))
+        return True
+
+    def searched(self) -> None:
+        """All rings were looked at: what CANCELs have looked for is not there."""
+        over, self._sought, self._sought_late = self._sought, self._sought_late, {}
+        for pendings in over.values():
+            for pending in pendings:
+                self._end_cancel(pending, Status.NOT_FOUND)
+        if self._sought:
+            self.port.look_for_requests()
+
+    def _end_cancel(self, pending: Pending, status: Status) -> None:
+        if self.trace is not None:
+            self.trace.answered(self.vm, Request.CANCEL, status)
+        pending.response = (pack_response() if status is Status.OK else refusal(status),)
+        self._respond(pending)
+
+    def _answered(self, request: ParsedRequest) -> bytes:
+        """The response to a request that never became a call of the TEE and is carried out."""
+        if self.trace is not None:
+            self.trace.answered(self.vm, request.type, Status.OK)
+        return pack_response()
 
     def rpc_reply(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.reply(request)
-        return pack_response()
+        return self._answered(request)
 
     def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> bytes:
         self._admit(request)
         self.rpcs.acknowledge(request)
-        return pack_response()
+        return self._answered(request)
 
     # -- parameters
 
@@ -513,7 +566,7 @@ class Epoch:
         """Write the response to a request that has ended, or keep it while the ring is stopped."""
         if pending.state is CallState.ABANDONED:
             self._forget(pending, CallEvent.DONE)
-            if isinstance(pending.call, OpenContext) and done.code == Result.SUCCESS:
+            if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
             return
         status = Status.ABANDONED if done.may_have_run else Status.OK
@@ -524,6 +577,9 @@ class Epoch:
             pending.response = (refusal(status, ResponseFlag.MAY_HAVE_RUN),)
         else:
             pending.response = (pack_response(status, done.code, done.origin), *rest)
+        self._respond(pending)
+
+    def _respond(self, pending: Pending) -> None:
         assert pending.slot is not None
         if pending.slot.respond(*pending.response):
             self._forget(pending, CallEvent.DONE)
@@ -536,6 +592,8 @@ class Epoch:
         self._step(pending, event)
         del self.calls[pending.request.tag]
         self.running -= pending.request.type in CALLS
+        # The call refers to it, too: undone here, else the guest's memory would stay until a garbage collection.
+        pending.slot = pending.call = None
 
     def resume(self) -> None:
         """The rings run again after a pause: give out what was kept."""
@@ -566,7 +624,7 @@ class Epoch:
 
     def _in_use(self, context: ContextEntry) -> bool:
         """Whether an RPC of another context still uses memory of this one (its supplicant has gone meanwhile)."""
-        return any(region.users and region.context is context for region in self.regions)
+        return not self._failed and any(region.users and region.context is context for region in self.regions)
 
     def _forget_region(self, region: RegionEntry) -> None:
         if region.ident in self.regions:
@@ -581,9 +639,14 @@ class Epoch:
         """The guest was reset or has gone: end everything. ``on_drained`` is called when the TEE has let go of all."""
         self.ended = True
         self.rpcs.reset()
-        for pending in self.held:
+        if self._failed:
+            self._end_failed()
+            return
+        sought = [p for some in (self._sought, self._sought_late) for pendings in some.values() for p in pendings]
+        for pending in (*self.held, *sought):
             self._forget(pending, CallEvent.RESET)
-        self.held.clear()
+        for gone in (self.held, self._sought, self._sought_late):
+            gone.clear()
         for pending in self.calls.values():
             pending.slot = None
             self._step(pending, CallEvent.RESET)
@@ -591,7 +654,8 @@ class Epoch:
                 self.trace.response(
                     self.vm, pending.request.type, pending.request.tag, Status.ABANDONED, Result.COMMUNICATION
                 )
-        self._give_up_unregisters()
+        for region in self.regions:
+            self._give_up_unregister(region)
         for context in self.contexts:
             if context.handle is not None and not context.closing:
                 self._close_for_good(context)
@@ -599,7 +663,7 @@ class Epoch:
 
     def _close_for_good(self, context: ContextEntry) -> None:
         context.closing = True
-        self._closing += 1
+        self._closing.add(context)
         self.tee.start(CloseContext(owner=_Closer(self, context), context=context.handle))
 
     def closed(self, context: ContextEntry) -> None:
@@ -607,14 +671,46 @@ class Epoch:
         if self._in_use(context):
             context.then = lambda: self.closed(context)
             return
-        self._closing -= 1
+        self._closing.discard(context)
         self._forget_context(context)
         self._drained()
 
     def _drained(self) -> None:
         if self.ended and not self._over and not self.calls and not self._closing:
             self._over = True
+            for region in self.regions:  # there is none, unless we have failed
+                self._forget_region(region)
             self._on_drained(self)
+
+    # -- errors of our own
+
+    def give_up(self, done: Done | None = None) -> None:
+        """We have failed, in what ``done`` had told or in ending the epoch. The guest is lost, but it must be possible
+        to serve the next one: nothing may wait for what never comes."""
+        self._failed = True
+        pending = done.call.owner if done is not None else None
+        if isinstance(pending, Pending):
+            assert done is not None
+            if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
+                pending.context.handle = done.value
+        elif isinstance(pending, _Closer):
+            self._closing.discard(pending.context)
+        if self.ended:
+            self._end_failed()
+
+    def _end_failed(self) -> None:
+        """What :meth:`end` does, by what the TEE has and not by the state of the tables."""
+        self.calls = {tag: pending for tag, pending in self.calls.items() if pending.at_tee}
+        for pending in self.calls.values():
+            pending.slot = None
+            pending.state = CallState.ABANDONED
+        for context in self.contexts:
+            if context.then is not None:  # it is closed, but for the tables
+                self._closing.discard(context)
+            elif context.handle is not None and not context.closing:
+                self._close_for_good(context)
+            context.then = None
+        self._drained()
 
 
 class _Closer:
@@ -631,6 +727,7 @@ def deliver(done: Done) -> None:
     """Give a Done to the epoch whose call it ends."""
     owner = done.call.owner
     if isinstance(owner, Pending):
+        owner.at_tee = False
         owner.epoch.done(owner, done)
     elif isinstance(owner, _Closer):
         owner.epoch.closed(owner.context)
@@ -651,10 +748,7 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-ANSWERED_AT_ONCE = frozenset({Request.CANCEL, Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
-"""Request types that never become a call of the TEE."""
-
-IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC
+IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
 
 
 def _add(table: IdTable[T], entry: T, what: str) -> int:

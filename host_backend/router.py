@@ -11,7 +11,7 @@ from device.wire import RPC_SERVERS, RpcServer
 from host_backend.epoch import Epoch, deliver
 from host_backend.tables import Pending
 from host_backend.trace import Recorder
-from tee.driver import Done, Event, RpcWithdrawn, TeeDriver
+from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver
 from tee.results import Result
 from tee.rpc import Rpc, RpcReply, describe_command
 
@@ -40,6 +40,9 @@ class Flushed(Protocol):
     def flush(self) -> None:
         """Tell the guest's driver of what was completed."""
 
+    def fail(self, why: str) -> None:
+        """End the guest's connection."""
+
 
 class Router:
     """Sits between a TEE driver and the guests; all on the data-plane thread."""
@@ -49,6 +52,8 @@ class Router:
         self.touched = False
         """Set by whoever starts something on the TEE outside of :meth:`run`, so that the loop calls it."""
         self.trace: Recorder | None = None
+        self._busy = False
+        """The TEE has more to do than it did in this turn of the loop."""
         self._clock = clock
         self._dirty: dict[Flushed, None] = {}
         self._asking: dict[Epoch, None] = {}
@@ -59,21 +64,35 @@ class Router:
         """``guest`` has completed something that its driver must be told of."""
         self._dirty[guest] = None
 
+    def serve(self) -> None:
+        """Let the TEE begin what was just started; later, in :meth:`run`, where long work would hold up the caller."""
+        if not self._busy:
+            self._busy = self.tee.run() == 0
+
+    def touch(self) -> None:
+        """The TEE's file descriptor is readable: have :meth:`run` called."""
+        self.touched = True
+
     def run(self) -> float | None:
         """Let the TEE work, give up late RPCs; the seconds until it is to be called again (see ``TeeDriver``)."""
         due = self.tee.run()
+        self._busy = due == 0
         for epoch in list(self._asking):
-            deadline = epoch.rpcs.next_deadline()
-            if deadline is None:
+            try:
+                left = epoch.rpcs.expire()
+            except Exception as e:
+                left = None
+                self._fail(epoch, _own_error("giving up late RPCs", e))
+            if left is None:
                 del self._asking[epoch]
                 continue
-            left = deadline - self._clock()
-            if left <= 0:
-                epoch.rpcs.expire()
-                left = 0
             due = left if due is None else min(due, left)
         while self._dirty:
-            self._dirty.popitem()[0].flush()
+            guest = self._dirty.popitem()[0]
+            try:
+                guest.flush()
+            except Exception as e:
+                guest.fail(_own_error("telling a driver of what was completed", e))
         return due
 
     def _on_event(self, event: Event) -> None:
@@ -82,17 +101,30 @@ class Router:
                 deliver(event)
             elif isinstance(event, Rpc):
                 self._route(event)
+            elif isinstance(event, Notification):
+                self._notify(event)
             else:
                 self._withdraw(event)
         except Exception as e:
             # We run inside the TEE, perhaps on another guest's turn: only the guest that it is about shall suffer.
-            log.exception(
-                "an error of the backend itself, in serving %s; its guest is disconnected: report this",
-                type(event).__name__,
-            )
+            why = _own_error(f"serving {type(event).__name__}", e)
+            if isinstance(event, Rpc):
+                self.tee.answer(event, RpcReply(Result.COMMUNICATION))
             epoch = _epoch_of(event)
             if epoch is not None:
-                epoch.port.fail(repr(e))
+                self._fail(epoch, why, event if isinstance(event, Done) else None)
+
+    def _fail(self, epoch: Epoch, why: str, done: Done | None = None) -> None:
+        try:
+            epoch.give_up(done)
+        finally:
+            if not epoch.ended:
+                epoch.port.fail(why)
+
+    def _notify(self, event: Notification) -> None:
+        owner = event.owner
+        if isinstance(owner, Pending) and not owner.epoch.ended:
+            owner.epoch.rpcs.notify(event.value)
 
     def _route(self, rpc: Rpc) -> None:
         owner = rpc.call.owner if rpc.call is not None else None
@@ -120,5 +152,13 @@ class Router:
 
 def _epoch_of(event: Event) -> Epoch | None:
     """Whose call the event is about."""
-    call = event.call if isinstance(event, Done | Rpc) else event.rpc.call
+    if isinstance(event, Notification):
+        return getattr(event.owner, "epoch", None)
+    call = event.rpc.call if isinstance(event, RpcWithdrawn) else event.call
     return getattr(call.owner, "epoch", None) if call is not None else None
+
+
+def _own_error(what: str, error: Exception) -> str:
+    """Log an error of ours, while it is being handled; the reason to disconnect the guest that it is about."""
+    log.exception("an error of the backend itself, in %s; its guest is disconnected: report this", what)
+    return repr(error)

@@ -42,8 +42,13 @@ _UNKNOWN_COMMAND = (RpcServer.NOBODY, Result.NOT_SUPPORTED)
 _WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
 """Result codes of answers that have parameters; others may leave them out."""
 
+MAX_PAUSE = 300.0
+"""Seconds, for each RPC, in which its deadline does not run because rings are stopped: a call that waits for an RPC
+holds a thread of the TEE, which other guests share."""
+
 _RPC_EVENT = EVENTS[Event.RPC].codec
 _RPC_WITHDRAWN = EVENTS[Event.RPC_WITHDRAWN].codec
+_NOTIFICATION = EVENTS[Event.NOTIFICATION].codec
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +58,9 @@ class RpcEntry:
     rpc: Rpc
     pending: Pending
     deadline: float
+    """On the clock of :class:`GuestRpcs`, which pauses."""
+    latest: float
+    """On the clock that does not."""
     raw: list[RawParam] = field(default_factory=list)
     regions: list[RegionEntry] = field(default_factory=list)
     """Those that it names."""
@@ -61,7 +69,7 @@ class RpcEntry:
 
 
 class GuestRpcs:
-    """All RPCs of one epoch."""
+    """All RPCs of one epoch, and the notifications that share the event queue with them."""
 
     def __init__(self, epoch: Epoch, clock: Callable[[], float]) -> None:
         self._epoch = epoch
@@ -73,6 +81,13 @@ class GuestRpcs:
         """Each waits for an event buffer: QUEUED for its RPC event, WITHDRAWING for its RPC_WITHDRAWN event."""
         self._entries: dict[Rpc, RpcEntry] = {}
         """By the TEE's own object, as long as the TEE waits."""
+        self._notifications: dict[int, None] = {}
+        """Values to be told, each once, in the order in which they were raised first."""
+        self._notification_next = False
+        """An RPC or withdrawal was sent since the last notification."""
+        self._paused_at: float | None = None
+        self._missed = 0.0
+        """Seconds that do not count."""
 
     def __len__(self) -> int:
         return len(self._table) + len(self._backlog)
@@ -89,8 +104,12 @@ class GuestRpcs:
         if len(rpc.params) > epoch.limits.max_params:
             self._refuse(rpc, "more parameters than the driver takes", code)
             return
+        if any(param.meta for param in rpc.params):
+            self._refuse(rpc, "a META parameter, which only an OCALL has", Result.NOT_SUPPORTED)
+            return
         patience = 0.0 if _closes(pending) else epoch.limits.rpc_deadline_ms / 1000
-        entry = RpcEntry(rpc, pending, self._clock() + patience)
+        now = self._now()
+        entry = RpcEntry(rpc, pending, now + patience, now + self._missed + patience + MAX_PAUSE)
         try:
             entry.regions = [
                 epoch.by_memory[id(param.memory)]
@@ -121,7 +140,13 @@ class GuestRpcs:
         """The context or the session closes: what its calls wait for in the guest is not waited for any longer."""
         for entry in self._entries.values():
             if entry.pending.context is context or (session is not None and entry.pending.session is session):
-                entry.deadline = self._clock()
+                entry.deadline = self._now()
+
+    def notify(self, value: int) -> None:
+        """The TEE tells this guest ``value``: once, however often it does so before the guest could be told."""
+        if self._epoch.features & Feature.NOTIFICATION:
+            self._notifications[value] = None
+            self.pump()
 
     def withdraw(self, rpc: Rpc) -> None:
         """The TEE no longer waits for it."""
@@ -140,7 +165,11 @@ class GuestRpcs:
             del self._backlog[entry]
             entry.ident = self._table.add(entry)
             self._outbox[entry] = None
-        while self._outbox:
+        while self._outbox or self._notifications:
+            if self._notifications and (self._notification_next or not self._outbox):
+                if not self._tell_notification():
+                    return
+                continue
             entry = next(iter(self._outbox))
             if entry.state is RpcState.QUEUED and entry.rpc.command == RpcCommand.SHM_FREE and not self._wanted(entry):
                 self._answer(entry, RpcReply(), "nobody: the guest has ended the registration")
@@ -149,7 +178,19 @@ class GuestRpcs:
             if not self._epoch.port.send_event(self._event(entry)):
                 return
             del self._outbox[entry]
+            self._notification_next = True
             self._step(entry, RpcEvent.BUFFER)
+
+    def _tell_notification(self) -> bool:
+        value = next(iter(self._notifications))
+        event = EVENT_HEADER.pack(Event.NOTIFICATION, 0, self._epoch.number) + _NOTIFICATION.pack(value=value)
+        if not self._epoch.port.send_event(event):
+            return False
+        del self._notifications[value]
+        self._notification_next = False
+        if self._epoch.trace is not None:
+            self._epoch.trace.mark(self._epoch.vm, "notification", value=value)
+        return True
 
     def _wanted(self, entry: RpcEntry) -> bool:
         """Whether the guest still has the regions that a SHM_FREE names: it may have ended them before."""
@@ -167,7 +208,7 @@ class GuestRpcs:
             rpc=entry.ident,
             command=entry.rpc.command,
             target=RpcTarget.SUPPLICANT,
-            deadline_ms=max(1, int((entry.deadline - self._clock()) * 1000)),
+            deadline_ms=max(1, int((entry.deadline - self._now()) * 1000)),
             call=pending.request.tag,
             context=pending.context.ident,
             session=pending.session.ident if pending.session is not None else 0,
@@ -269,26 +310,45 @@ class GuestRpcs:
 
     # -- time and the end
 
-    def next_deadline(self) -> float | None:
-        """When the first RPC gives up, on the clock's scale."""
-        return min((entry.deadline for entry in self._entries.values()), default=None)
+    def _now(self) -> float:
+        return (self._clock() if self._paused_at is None else self._paused_at) - self._missed
 
-    def expire(self) -> None:
-        """Give up RPCs whose deadline has passed."""
-        now = self._clock()
-        for entry in [e for e in self._entries.values() if e.deadline <= now]:
+    def pause(self) -> None:
+        """No RPC can be answered from now on: time does not count, up to MAX_PAUSE for each."""
+        if self._paused_at is None:
+            self._paused_at = self._clock()
+
+    def resume(self) -> None:
+        """They can be answered again."""
+        if self._paused_at is not None:
+            self._missed += self._clock() - self._paused_at
+            self._paused_at = None
+
+    def expire(self) -> float | None:
+        """Give up RPCs whose deadline has passed; the seconds to the next one's, None without any."""
+        entries = self._entries.values()
+        if not entries:
+            return None
+        now, clock = self._now(), self._clock()
+        late = [e for e in entries if e.deadline <= now or e.latest <= clock]
+        if not late:
+            latest = min(e.latest for e in entries) - clock
+            return latest if self._paused_at is not None else min(latest, min(e.deadline for e in entries) - now)
+        for entry in late:
             log.warning(
                 "vm %s: %s was not answered in time, and its call fails; look whether the guest's supplicant runs, or "
                 "raise --rpc-deadline-ms",
                 *(self._epoch.vm, _name(entry)),
             )
             self._step(entry, RpcEvent.DEADLINE)
+        return 0.0
 
     def reset(self) -> None:
         """The epoch ends: the TEE gets an error for all that is outstanding."""
         entries = [*self._backlog, *self._table]
         self._backlog.clear()
         self._outbox.clear()
+        self._notifications.clear()
         for entry in entries:
             self._step(entry, RpcEvent.RESET)
 

@@ -119,7 +119,7 @@ def _attach(dataplane: DataPlane, router: Router) -> None:
     dataplane.add_runner(router)
     fd = router.tee.fileno()
     if fd is not None:
-        dataplane.watch(fd, router.run)
+        dataplane.watch(fd, router.touch)
 
 
 async def _serve_one(device: TeeDevice, listener: Listener, dataplane: DataPlane, require_sealed: bool) -> None:

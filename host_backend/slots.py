@@ -26,7 +26,8 @@ class Port(Protocol):
         """Put an event into a posted buffer. False if there is none now."""
 
     def look_for_requests(self) -> None:
-        """Take all requests that the request queues hold now."""
+        """Take all requests that the request queues hold now, a bounded number at a time; then call ``searched()`` of
+        the epoch."""
 
     def fail(self, why: str) -> None:
         """Serving this guest has failed: end its connection, and nothing else."""

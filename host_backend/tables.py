@@ -75,6 +75,8 @@ class Pending:
     context: ContextEntry
     finish: Finish
     call: Call | None = None
+    at_tee: bool = False
+    """The call was given to the TEE, whose Done is to come."""
     session: SessionEntry | None = None
     regions: list[RegionEntry] = field(default_factory=list)
     """Regions that its parameters use."""

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lab.cache import LabError, cache_root, locked, say, scratch, sha256_of
+from lab.cache import LabError, build_once, cache_root, digest, locked, say, scratch, sha256_of
 from lab.lock import File, Lock, Pin
 from lab.mirror import debian_mirror
 from lab.run import output
@@ -65,6 +65,12 @@ class Apt:
         """Package name → its .deb file."""
         pins = self._pins(f"{self.suite}/{self.arch}", names, source=False)
         return {name: pin.files[0].stored for name, pin in pins.items()}
+
+    def tree(self, names: Sequence[str]) -> Path:
+        """The root folder of a system with these packages only, in the cache: for reading, and for copying from."""
+        debs = self.debs(names).values()
+        key = digest(*(deb.parent.name for deb in debs))
+        return build_once(f"packages-{self.suite}-{self.arch}", key, lambda new: unpack_debs(debs, new))
 
     def source(self, name: str) -> tuple[str, list[Path]]:
         """The version of a source package, and its files (.dsc, tarballs)."""
@@ -211,3 +217,12 @@ def unpack_deb(deb: Path, into: Path) -> None:
         status = subprocess.run(tar, stdin=reader.stdout).returncode
     if status or reader.returncode:
         raise LabError(f"{deb.name} could not be unpacked into {into}")
+
+
+def unpack_debs(debs: Iterable[Path], root: Path) -> None:
+    """The files of several .debs in a root folder whose /usr is merged, as Debian's is."""
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (root / "usr" / name).mkdir(parents=True)
+        (root / name).symlink_to(f"usr/{name}")
+    for deb in debs:
+        unpack_deb(deb, root)

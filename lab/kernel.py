@@ -54,9 +54,10 @@ def read_module(path: Path) -> bytes:
     return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
-def load_order(folder: Path, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """(name, unpacked module) of the wanted ones and of all they need, in an order that can be loaded."""
-    paths = {module_name(p.name): p for p in folder.rglob("*.ko*")}
+def load_order(folder: Path, wanted: Sequence[str], more: Sequence[Path] = ()) -> list[tuple[str, bytes]]:
+    """(name, unpacked module) of the wanted ones and of all they need, in an order that can be loaded. `more`: modules
+    that are not in the kernel's folder."""
+    paths = {module_name(p.name): p for p in (*folder.rglob("*.ko*"), *more)}
     builtin_list = folder / "modules.builtin"
     builtin = {module_name(line) for line in builtin_list.read_text().split()} if builtin_list.exists() else set()
     ordered: dict[str, bytes] = {}

@@ -58,10 +58,11 @@ def logged(
         )
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                if each_line:
-                    each_line(line)
+            with process.stdout:
+                for line in process.stdout:
+                    file.write(line)
+                    if each_line:
+                        each_line(line)
             process.wait()
         finally:
             if process.poll() is None:

@@ -18,6 +18,7 @@ from typing import Any
 from pyvhost import effects as fx
 from pyvhost.effects import Answer, Effect, RegionInfo, RingSetup
 from pyvhost.errors import FormatError, MessageError, ProtocolError
+from pyvhost.inflight import ALIGN as INFLIGHT_ALIGN
 from pyvhost.inflight import region_size
 from pyvhost.messages import (
     CONFIG,
@@ -148,6 +149,7 @@ class Backend:
     _channel: int | None = None
     _log_fd: int | None = None
     _reply_fds: tuple[int, ...] = ()  # of the reply that is under way
+    _is_uml: bool = False  # only user-mode-linux sends such a memory table
     _resuming: bool = False  # what was concluded when the first ring of those that run now started
     _touched: bool = False  # a queue has been set up since the start, or the last reset
 
@@ -196,15 +198,14 @@ class Backend:
         time."""
         self._fds.update(fds)
         unused = list(fds)
-        number = 0
-        need_reply = has_reply = False
+        number = flags = 0
+        has_reply = False
         reply: bytes | None = None
         error: ProtocolError | None = None
         try:
             if self.payload_size(header) != len(payload):
                 raise MessageError("a payload that is not as long as its header says")
             number, flags, _ = HEADER.unpack(header)
-            need_reply = bool(flags & Flag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
             rule = self._rule(number)
             has_reply = rule.replies
             message = self._check(rule, FrontendRequest(number), payload, unused)
@@ -213,6 +214,8 @@ class Backend:
             error = e
         for fd in unused:
             yield from self._close(fd)
+        # looked at last: user-mode-linux wants the reply to the very message that acknowledges REPLY_ACK
+        need_reply = bool(flags & Flag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
         if error is None:
             if reply is None and need_reply:
                 reply = U64.pack(0)
@@ -334,6 +337,7 @@ class Backend:
         size = MEM_TABLE.size + len(message.tail)
         if size != MEM_TABLE.size + count * REGION.size and (size, count) != (_UML_MEM_TABLE_BYTES, 1):
             raise MessageError(f"SET_MEM_TABLE of {count} regions in {size} bytes")
+        self._is_uml = (size, count) == (_UML_MEM_TABLE_BYTES, 1)
         regions = [RegionInfo(*REGION.unpack(message.tail, n * REGION.size)) for n in range(count)]
         yield fx.ReplaceMemory(tuple(zip(regions, message.fds, strict=True)))
         self._regions = regions
@@ -413,6 +417,8 @@ class Backend:
         if base > 0xFFFF and not self.packed:
             raise MessageError(f"a base of {base:#x} for a split ring")
         yield from self._reconfigure(index)
+        if self.packed and self._is_uml and not base:
+            base = INITIAL_BASE  # it always says 0, and its ring always begins with both wrap counters 1
         ring.base = base
         return None
 
@@ -562,33 +568,36 @@ class Backend:
 
     # --- what is in flight, and what was written
 
-    def _inflight_bytes(self, body: Any) -> int:
-        """Bytes of an inflight region for so many queues of that size."""
+    def _check_inflight(self, message: _Message) -> None:
+        body = message.body
+        if len(message.tail) not in _INFLIGHT_PADDING:
+            raise MessageError("an inflight description of another size")
         if not 1 <= body.num_queues <= len(self.rings) or not 1 <= body.queue_size <= MAX_SIZE:
             raise MessageError(f"an inflight region for {body.num_queues} queues of {body.queue_size}")
-        return int(body.num_queues * region_size(body.queue_size))
 
     def _get_inflight_fd(self, message: _Message) -> Steps:
+        """For the largest rings that there can be: QEMU asks with its option ``queue-size``, which does not keep its
+        driver from a larger one."""
+        self._check_inflight(message)
         body = message.body
-        if len(message.tail) not in _INFLIGHT_PADDING:
-            raise MessageError("GET_INFLIGHT_FD of another size")
-        size = self._inflight_bytes(body)
-        if self.packed:
-            size = 0  # how to say that there is none
-        else:
-            fd = yield fx.MakeInflight(size)
-            self._reply_fds = (fd,)
-        return INFLIGHT.pack(size, 0, body.num_queues, body.queue_size) + bytes(len(message.tail))
+        entries = max(body.queue_size, self.info.max_queue_size)
+        size = body.num_queues * region_size(entries, packed=self.packed)
+        fd = yield fx.MakeInflight(size)
+        self._reply_fds = (fd,)
+        return INFLIGHT.pack(size, 0, body.num_queues, entries) + bytes(len(message.tail))
 
     def _set_inflight_fd(self, message: _Message) -> Steps:
+        """``queue_size`` may be what the frontend asked for, rather than what it got: the size of the region decides.
+        A ring that it has no room for is refused when it starts."""
+        self._check_inflight(message)
         body = message.body
-        if len(message.tail) not in _INFLIGHT_PADDING:
-            raise MessageError("SET_INFLIGHT_FD of another size")
-        if self.packed:
-            raise MessageError("an inflight region for packed rings, which is not implemented")
-        if body.mmap_size < self._inflight_bytes(body):
+        if body.mmap_size < body.num_queues * region_size(body.queue_size, packed=self.packed):
             raise MessageError(f"an inflight region of {body.mmap_size} bytes, which is too small")
-        yield fx.SetInflight(message.fds[0], body.mmap_offset, body.num_queues, body.queue_size)
+        if body.mmap_offset % INFLIGHT_ALIGN:
+            raise MessageError(f"an inflight region at offset {body.mmap_offset}, which is misaligned")
+        part = body.mmap_size // body.num_queues // INFLIGHT_ALIGN * INFLIGHT_ALIGN
+        part = min(part, region_size(MAX_SIZE, packed=True))
+        yield fx.SetInflight(message.fds[0], body.mmap_offset, body.num_queues, part)
         return None
 
     def _set_log_base(self, message: _Message) -> Steps:

@@ -43,6 +43,12 @@ class Link(Protocol):
         """Have ``process(index)`` called in the next turn of the loop."""
         ...
 
+    def enabled(self, index: int) -> bool:
+        """Whether queue ``index`` is started and enabled. ``process()`` is called for such queues only; whoever looks
+        at another one on its own account, or fills buffers that were posted there, asks first (vhost-user.rst, "Ring
+        states": a disabled ring has no side effects)."""
+        ...
+
     def tracked(self, index: int) -> bool:
         """Whether the frontend keeps an inflight region for queue ``index``. Without, ``recovered`` is empty, and what
         another backend may have taken is available (again) as if it were new."""

@@ -234,13 +234,13 @@ class MakeInflight(Effect):
 
 @dataclass(frozen=True, slots=True)
 class SetInflight(Effect):
-    """Rings that start from now on record what they have in flight in this shared memory: ``queues`` parts, each for
-    a ring of ``queue_size`` entries. Throw ``MemoryFault`` in if it cannot be mapped."""
+    """Rings that start from now on record what they have in flight in this shared memory: ``queues`` parts of
+    ``part_size`` bytes each. Throw ``MemoryFault`` in if it cannot be mapped."""
 
     fd: int
     offset: int
     queues: int
-    queue_size: int
+    part_size: int
 
 
 @dataclass(frozen=True, slots=True)

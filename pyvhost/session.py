@@ -16,13 +16,14 @@ from pyvhost.device import Device
 from pyvhost.dirtylog import AtomicOr, DirtyLog, RingLog
 from pyvhost.effects import Effect, RegionInfo, RingSetup
 from pyvhost.errors import Disconnected, MemoryFault, MessageError, ProtocolError, RingError
-from pyvhost.inflight import SplitInflight, region_size
+from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory, Region
 from pyvhost.memory import Mapping as MemoryMapping
 from pyvhost.messages import BackendRequest, Feature, ProtocolFeature, encode
-from pyvhost.vring.api import Fences
+from pyvhost.vring.api import Fences, Inflight
 from pyvhost.vring.choice import QueueFactory, part_sizes, queue_class
 from pyvhost.vring.in_order import InOrderPackedQueue, InOrderSplitQueue
+from pyvhost.vring.packed_inflight import PackedInflight
 
 __all__ = ["Ports", "Session"]
 
@@ -81,6 +82,13 @@ class Ports(Protocol):
         """:raises MessageError: ``fd`` is not a stream socket"""
         ...
 
+    def check_signal(self, fd: int) -> None:
+        """Before the first ``signal(fd)``.
+
+        :raises MessageError: ``fd`` is nothing that can be signalled without being held up
+        """
+        ...
+
     def send(self, fd: int, message: bytes) -> bool:
         """Send on the backend's request channel; False if it is closed or full. Never blocks."""
         ...
@@ -116,6 +124,9 @@ class _Link:
     def wake(self, index: int) -> None:
         self._session.wake(index)
 
+    def enabled(self, index: int) -> bool:
+        return self._session.enabled(index)
+
     def tracked(self, index: int) -> bool:
         return self._session.tracked[index]
 
@@ -130,19 +141,19 @@ class _Link:
 class _Inflight:
     """The inflight region of a connection."""
 
-    __slots__ = ("mapping", "queue_size", "queues")
+    __slots__ = ("mapping", "part_size", "queues")
 
-    def __init__(self, mapping: MemoryMapping, queues: int, queue_size: int) -> None:
+    def __init__(self, mapping: MemoryMapping, queues: int, part_size: int) -> None:
         self.mapping = mapping
         self.queues = queues
-        self.queue_size = queue_size
+        self.part_size = part_size
 
-    def part(self, index: int) -> SplitInflight | None:
+    def part(self, index: int, packed: bool) -> Inflight | None:
         """The recorder of queue ``index``; None: the region has no part for it."""
         if index >= self.queues:
             return None
-        size = region_size(self.queue_size)
-        return SplitInflight(self.mapping.view[index * size : (index + 1) * size], self.queue_size)
+        view = self.mapping.view[index * self.part_size : (index + 1) * self.part_size]
+        return PackedInflight(view) if packed else SplitInflight(view)
 
 
 class _Transfer:
@@ -327,6 +338,9 @@ class Session:
         self._awake = [False] * len(self._awake)
         self.ports.hang_up(f"the device failed: {error!r}")
 
+    def enabled(self, index: int) -> bool:
+        return self._awake[index]
+
     def wake(self, index: int) -> None:
         if not self._waiting[index]:
             self._waiting[index] = True
@@ -423,9 +437,13 @@ class Session:
             self.ports.unwatch(old)
 
     def _set_call(self, effect: fx.SetCall) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._call[effect.index] = effect.fd
 
     def _set_err(self, effect: fx.SetErr) -> None:
+        if effect.fd is not None:
+            self.ports.check_signal(effect.fd)
         self._err[effect.index] = effect.fd
 
     def _set_channel(self, effect: fx.SetChannel) -> None:
@@ -466,12 +484,18 @@ class Session:
             signal=signal,
             spin_us=device.spin_us,
         )
-        paused = device.queues[index]
-        if effect.resumed and paused is not None:
+        paused = device.queues[index] if effect.resumed else None
+        if paused is not None:
             queue.adopt(paused)
-        part = self._inflight.part(index) if self._inflight is not None and not packed else None
+        part = self._inflight.part(index, packed) if self._inflight is not None else None
         if part is not None:
-            queue.track(part)
+            try:
+                queue.track(part)
+            except ProtocolError:
+                if paused is not None:  # goes on being paused
+                    queue.stop()
+                    paused.adopt(queue)
+                raise
         self.tracked[index] = part is not None
         queue.log_to(self._ring_log(setup))
         device.queues[index] = queue
@@ -510,7 +534,7 @@ class Session:
     def _reset_device(self, effect: fx.ResetDevice) -> None:
         if self._inflight is not None:
             for index in range(self._inflight.queues):
-                part = self._inflight.part(index)
+                part = self._inflight.part(index, self.backend.packed)
                 if part is not None:
                     part.clear()
         self.device.queues = [None] * self.device.num_queues
@@ -526,9 +550,8 @@ class Session:
         return self.ports.allocate(effect.size)
 
     def _set_inflight(self, effect: fx.SetInflight) -> None:
-        size = effect.queues * region_size(effect.queue_size)
-        mapping = self.ports.map(effect.fd, size, effect.offset)
-        old, self._inflight = self._inflight, _Inflight(mapping, effect.queues, effect.queue_size)
+        mapping = self.ports.map(effect.fd, effect.queues * effect.part_size, effect.offset)
+        old, self._inflight = self._inflight, _Inflight(mapping, effect.queues, effect.part_size)
         if old is not None:
             old.mapping.discard()
 

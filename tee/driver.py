@@ -73,7 +73,19 @@ class RpcWithdrawn:
     rpc: Rpc
 
 
-Event = Done | Rpc | RpcWithdrawn
+@dataclass(slots=True)
+class Notification:
+    """The TEE tells a machine that something has happened; nobody answers. ``value`` has 32 bits.
+
+    ``owner`` is that of the call in which it was raised, or of the OpenContext under which that runs. None: the TEE
+    does not say for whom it is.
+    """
+
+    value: int
+    owner: object = None
+
+
+Event = Done | Rpc | RpcWithdrawn | Notification
 Sink = Callable[[Event], None]
 
 

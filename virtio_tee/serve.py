@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import stat
 import sys
 from collections.abc import Callable
@@ -78,6 +79,15 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     help="Public key (PEM) of a TA signer. Who holds its private key runs code in this process.",
 )
 @click.option(
+    "--ta-folder",
+    "ta_folders",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where <uuid>.ta files lie on this host, for guests whose supplicant lacks the TA or is absent. Give it again "
+    "for more. They are verified like a guest's.",
+)
+@click.option(
     "--built-in-tas",
     is_flag=True,
     help="Have the example TAs without loading them; for tests and benchmarks: a guest can panic and stall them.",
@@ -125,6 +135,7 @@ def serve(
     vms: tuple[str, ...],
     kind: str,
     keys: tuple[Path, ...],
+    ta_folders: tuple[Path, ...],
     built_in_tas: bool,
     threads: int,
     storage_key: Path | None,
@@ -154,6 +165,7 @@ def serve(
     from host_backend.trace import Trace
 
     throttle_logs()
+    _allow_descriptors()
     passed = systemd.listen_fds()
     if not paths and not fds:
         fds = passed
@@ -176,7 +188,7 @@ def serve(
     recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        tee = _soft(keys, threads, built_in_tas, storage_key, longest_call)
+        tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
@@ -186,6 +198,12 @@ def serve(
         systemd.notify("STOPPING=1")
         if recorder is not None:
             recorder.close()
+
+
+def _allow_descriptors() -> None:
+    """All that the system allows this process: each guest takes more than a dozen."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_fds(fds: tuple[int, ...]) -> None:
@@ -208,6 +226,7 @@ def _ready() -> None:
 
 def _soft(
     keys: tuple[Path, ...],
+    ta_folders: tuple[Path, ...],
     threads: int,
     built_in_tas: bool,
     storage_key: Path | None,
@@ -217,8 +236,11 @@ def _soft(
     import secrets
     import time
 
+    from tee.io.services.ta_loader import MAX_TA_SIZE, TaLoader
+    from tee.io.workers import WorkerThreads
     from tee.soft.driver import SoftTee
 
+    log = logging.getLogger("tee.soft").warning
     built_in = None
     if built_in_tas:
         from tee.soft import examples
@@ -233,7 +255,9 @@ def _soft(
             threads=threads,
             storage_key=storage_key.read_bytes() if storage_key is not None else None,
             longest_call=longest_call,
-            log=logging.getLogger("tee.soft").warning,
+            host_tas=TaLoader(ta_folders, MAX_TA_SIZE, log).read if ta_folders else None,
+            workers=WorkerThreads(),
+            log=log,
         )
     except ValueError as e:  # a key that is none
         raise click.UsageError(str(e)) from None

@@ -1,4 +1,5 @@
-"""Runs in the guest: does what the host asks for, one JSON object per line over a virtio-serial port.
+"""Runs in the guest: does what the host asks for, one JSON object per line over a virtio-serial port,
+or the serial line that the command line names.
 
 A request has an `id` and an `op`; its answer has the same `id`, and `error` if it failed. Bytes travel as
 base64. Requests are served side by side, so that a long command does not hold up the next one.
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import tty
 
 PORT_NAME = "virtio-tee.agent"
 CHUNK = 1 << 16
@@ -159,7 +161,9 @@ class Agent:
 
 
 def main() -> int:
-    port = os.open(find_port(), os.O_RDWR)
+    port = os.open(sys.argv[1] if sys.argv[1:] else find_port(), os.O_RDWR | os.O_NOCTTY)
+    if os.isatty(port):
+        tty.setraw(port)
     Agent(port).loop()
     return 0
 

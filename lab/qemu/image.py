@@ -1,93 +1,20 @@
-"""Builds what a guest boots: Debian's kernel, and an initramfs with Python in it: `ensure_image()`.
-
-The initramfs has two parts. The big one holds Debian's and PyPI's packages; the small one holds what this
-checkout contains (our packages, the agent, /init), so that a change of the code costs a second.
-"""
+"""What a guest under QEMU boots: Debian's kernel, and an initramfs with Python in it: `ensure_image()`."""
 
 from __future__ import annotations
 
-import configparser
 import shutil
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.apt import Apt, unpack_deb
-from lab.cache import LabError, build_once, cache_root, digest, say, scratch
-from lab.cpio import write_tree
+from lab.cache import build_once, digest, say, scratch
 from lab.kernel import load_order, unpacked_image
-from lab.pypi import wheels
-from lab.run import output, tail
+from lab.rootfs import ensure_base, ensure_checkout, ensure_modules
 
-REPO = Path(__file__).resolve().parents[2]
-OUR_PACKAGES = ("pyvhost", "tee", "device", "guest_driver", "host_backend", "ffa", "virtio_tee")
-KERNEL_DRIVER = ("guest_driver", "linux")  # in C: nothing for Python
-GUEST_FILES = REPO / "lab" / "guest"
-
-SUITE = "bookworm"
 KERNEL_SUITE = "bookworm-backports"
 KERNEL_NAME = r"linux-image-6\.12\.[0-9.]+\+deb12-cloud-amd64"
 MODULES = ("uio", "uio_pci_generic", "virtio_rng")
-DEBS = (
-    "busybox-static",
-    "libbz2-1.0",
-    "libc6",
-    "libcrypt1",
-    "libexpat1",
-    "libffi8",
-    "libgcc-s1",
-    "liblzma5",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
-    "libsqlite3-0",
-    "libssl3",
-    "libuuid1",
-    "python3.11",
-    "python3.11-minimal",
-    "zlib1g",
-)
-WHEELS = (
-    "attrs",
-    "cffi",
-    "click",
-    "construct",
-    "cryptography",
-    "idna",
-    "markdown-it-py",
-    "mdurl",
-    "outcome",
-    "pycparser",
-    "pygments",
-    "rich",
-    "sniffio",
-    "sortedcontainers",
-    "trio",
-)
-APPLETS = tuple(
-    """
-    [ awk basename cat chmod chown cp cttyhack cut date dd df dirname dmesg du echo env expr false find free grep
-    head hexdump hostname id ifconfig insmod ip kill killall ln ls lsmod mkdir mknod mktemp mount mv ping
-    poweroff printf ps pwd readlink reboot rm rmdir rmmod sed seq setsid sh sha256sum sleep sort stat stty sync
-    tail tee test time timeout top touch tr true umount uname uniq vi wc which xargs yes
-    """.split()  # noqa: SIM905
-)
-NOT_NEEDED = (
-    "usr/include",
-    "usr/share",
-    "usr/lib/python3.11/ensurepip",
-    "usr/lib/python3.11/idlelib",
-    "usr/lib/python3.11/lib2to3",
-    "usr/lib/python3.11/pydoc_data",
-    "usr/lib/python3.11/test",
-    "usr/lib/python3.11/tkinter",
-    "usr/lib/python3.11/turtledemo",
-    "usr/lib/x86_64-linux-gnu/audit",
-    "usr/lib/x86_64-linux-gnu/gconv",
-)
-STDLIB = "usr/lib/python3.11"
-SITE = "usr/lib/python3/dist-packages"  # where Debian's Python looks, without any variable set
-LOCAL = "usr/local/lib/python3.11/dist-packages"
 RECIPE = 1
 
 
@@ -108,8 +35,9 @@ def ensure_image(modules: Sequence[str] = MODULES, extra: Sequence[tuple[str, Pa
     kernel_deb = Apt(KERNEL_SUITE).debs([kernel_package])[kernel_package]
     release = kernel_package.removeprefix("linux-image-")
     kernel = _kernel(kernel_deb, release)
-    base = _base(kernel, release, tuple(modules))
-    return GuestImage(kernel / "vmlinux", (base / "base.cpio", _ours(base / "root", extra) / "ours.cpio"), release)
+    base = ensure_base()
+    loaded = ensure_modules(load_order(kernel / "modules", modules))
+    return GuestImage(kernel / "vmlinux", (base / "base.cpio", loaded, ensure_checkout(base, extra)), release)
 
 
 def _kernel(deb: Path, release: str) -> Path:
@@ -125,156 +53,3 @@ def _kernel(deb: Path, release: str) -> Path:
             shutil.move(lib / "modules" / release, new / "modules")
 
     return build_once("guest-kernel", f"{release}-{digest(str(RECIPE), deb.parent.name)}", make)
-
-
-def _base(kernel: Path, release: str, modules: tuple[str, ...]) -> Path:
-    debs = Apt(SUITE).debs(DEBS)
-    packages = wheels(WHEELS)
-    key = digest(
-        str(RECIPE),
-        release,
-        *modules,
-        *APPLETS,
-        *NOT_NEEDED,
-        *(p.parent.name for p in (*debs.values(), *packages.values())),
-    )
-
-    def make(new: Path) -> None:
-        say(f"building the guest's file system of {len(debs)} Debian packages and {len(packages)} wheels")
-        root = new / "root"
-        for folder in ("bin", "lib", "lib64", "sbin"):
-            (root / "usr" / folder).mkdir(parents=True)
-            (root / folder).symlink_to(f"usr/{folder}")
-        for deb in debs.values():
-            unpack_deb(deb, root)
-        _finish_root(root)
-        site = root / SITE
-        site.mkdir(parents=True, exist_ok=True)
-        for wheel in packages.values():
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(site)
-        compile_python(root, [STDLIB, SITE])
-        _drop_sources(root / STDLIB)
-        _modules(root, kernel / "modules", modules)
-        with (new / "base.cpio").open("wb") as out:
-            write_tree(root, out)
-        say(f"the guest's file system has {(new / 'base.cpio').stat().st_size / 1e6:.0f} MB")
-
-    return build_once("guest-base", key, make)
-
-
-def _finish_root(root: Path) -> None:
-    for name in NOT_NEEDED:
-        shutil.rmtree(root / name, ignore_errors=True)
-    for folder in ("dev", "proc", "sys", "tmp", "run", "root", "mnt", "etc", "var", "usr/local/bin"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for name in APPLETS:
-        applet = root / "usr" / "bin" / name
-        if not applet.exists() and not applet.is_symlink():
-            applet.symlink_to("busybox")
-    python = root / "usr" / "bin" / "python3"
-    if not python.is_symlink():
-        python.symlink_to("python3.11")
-    (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
-    (root / "etc" / "group").write_text("root:x:0:\nnogroup:x:65534:\n")
-    (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
-
-
-def compile_python(root: Path, folders: Sequence[str], python_root: Path | None = None) -> None:
-    """Compile with the guest's own Python, so that the guest need not, on its slow CPU."""
-    home = (python_root or root) / "usr"
-    loader = home / "lib64" / "ld-linux-x86-64.so.2"
-    if not loader.exists():
-        loader = home / "lib" / "x86_64-linux-gnu" / "ld-linux-x86-64.so.2"
-    command: list[str | Path] = [
-        *(loader, "--library-path", home / "lib" / "x86_64-linux-gnu", home / "bin" / "python3.11"),
-        *("-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-s", root, "-p", "/"),
-    ]
-    env = {"PYTHONHOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
-    output([*command, *(root / f for f in folders)], env=env)
-
-
-def _drop_sources(stdlib: Path) -> None:
-    """Keep only the compiled standard library: the initramfs is unpacked at each boot."""
-    for cache in sorted(stdlib.rglob("__pycache__")):
-        for compiled in cache.glob("*.cpython-311.pyc"):
-            source = cache.parent / f"{compiled.name.removesuffix('.cpython-311.pyc')}.py"
-            if source.exists() and not source.is_symlink():
-                compiled.replace(source.with_suffix(".pyc"))
-                source.unlink()
-        shutil.rmtree(cache)
-
-
-def _modules(root: Path, folder: Path, wanted: Sequence[str]) -> None:
-    into = root / "lib" / "modules" / "lab"
-    into.mkdir(parents=True)
-    names = []
-    for name, data in load_order(folder, wanted):
-        (into / f"{name}.ko").write_bytes(data)
-        names.append(f"{name}.ko")
-    (into / "order").write_text("".join(f"{n}\n" for n in names))
-
-
-# -- this checkout ------------------------------------------------------------------------------------------
-
-
-def _our_files() -> dict[str, bytes]:
-    """Path in the guest → contents, of what the checkout gives to it."""
-    files: dict[str, bytes] = {
-        "init": (GUEST_FILES / "init").read_bytes(),
-        "usr/local/lib/lab/agent.py": (GUEST_FILES / "agent.py").read_bytes(),
-    }
-    for package in OUR_PACKAGES:
-        for path in sorted((REPO / package).rglob("*")):
-            parts = path.relative_to(REPO).parts
-            if path.is_file() and "__pycache__" not in parts and parts[:2] != KERNEL_DRIVER:
-                files[f"{LOCAL}/{'/'.join(parts)}"] = path.read_bytes()
-    version = _version()
-    entry = "#!/usr/bin/python3\nimport sys\n\nfrom virtio_tee.__main__ import main\n\nsys.exit(main())\n"
-    files["usr/local/bin/virtio-tee"] = entry.encode()
-    metadata = f"Metadata-Version: 2.1\nName: virtio-tee\nVersion: {version}\n"
-    files[f"{LOCAL}/virtio_tee-{version}.dist-info/METADATA"] = metadata.encode()
-    return files
-
-
-def _version() -> str:
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read(REPO / "setup.cfg")
-    return parser.get("metadata", "version", fallback="0")
-
-
-def _ours(base_root: Path, extra: Sequence[tuple[str, Path]]) -> Path:
-    files = _our_files()
-    for name, path in extra:
-        if not path.is_file():
-            raise LabError(f"{path}, meant for the guest's {name}, is not there")
-        files[name.lstrip("/")] = path.read_bytes()
-    key = digest(str(RECIPE), base_root.parent.name, *(part for item in sorted(files.items()) for part in item))
-
-    def make(new: Path) -> None:
-        root = new / "root"
-        for name, data in files.items():
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            path.chmod(0o755 if data.startswith(b"#!") else 0o644)
-        for path in [p for p in root.rglob("*") if p.is_dir()]:
-            path.chmod(0o755)
-        try:
-            compile_python(root, [LOCAL, "usr/local/lib/lab"], base_root)
-        except LabError as error:
-            # a file that does not compile is for the guest to complain about, if it is used there
-            say(f"not all of this checkout compiles:\n{tail(str(error), 5)}")
-        with (new / "ours.cpio").open("wb") as out:
-            write_tree(root, out)
-        shutil.rmtree(root)
-
-    _forget_old(cache_root() / "guest-ours", keep=20)
-    return build_once("guest-ours", key, make)
-
-
-def _forget_old(folder: Path, keep: int) -> None:
-    """Each change of the code makes one of these: keep the latest few."""
-    if folder.is_dir():
-        for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)[keep:]:
-            shutil.rmtree(path, ignore_errors=True)

@@ -24,7 +24,7 @@ ID = b"pyvhost null block\0\0"
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPPORTED = b"\0", b"\1", b"\2"
 SEG_MAX, BLK_SIZE, FLUSH_FEATURE, MQ = 1 << 2, 1 << 6, 1 << 9, 1 << 12
-header = struct.Struct("<IIQ").unpack  # type, reserved, sector
+HEADER, HEADER_SIZE = struct.Struct("<IIQ"), 16  # type, reserved, sector
 
 
 class NullBlock(Device):
@@ -49,28 +49,29 @@ class NullBlock(Device):
 
     def serve(self, chain: Chain) -> int:
         room = chain.writable_bytes - 1  # the last byte is the status
-        if chain.readable_bytes < 16 or room < 0:
+        if chain.readable_bytes < HEADER_SIZE or room < 0:
             return 0
-        kind, _, sector = header(chain.read(0, 16))
+        kind, _, sector = chain.unpack(HEADER)
         start = sector * SECTOR
-        if kind in (IN, OUT):
-            size = room if kind == IN else chain.readable_bytes - 16
-            if size % SECTOR or start + size > self.capacity:
-                return chain.write(IOERR, room)
-            if self.store is None:
-                pass
-            elif kind == IN:
-                chain.write(self.store[start : start + size])
-            else:
-                self.store[start : start + size] = chain.read(16, size)
+        if kind == IN:
+            done = not room % SECTOR and start + room <= self.capacity
+            if done and self.store is not None:
+                chain.write(self.store[start : start + room])
+        elif kind == OUT:
+            size = chain.readable_bytes - HEADER_SIZE
+            done = not size % SECTOR and start + size <= self.capacity
+            if done and self.store is not None:
+                self.store[start : start + size] = chain.read(HEADER_SIZE, size)
         elif kind == FLUSH:
+            done = True
             if self.store is not None:
                 self.store.flush()
         elif kind == GET_ID and room >= len(ID):
+            done = True
             chain.write(ID)
         else:
             return chain.write(UNSUPPORTED, room)
-        return chain.write(OK, room)
+        return chain.write(OK if done else IOERR, room)
 
 
 def make_file(path: str, capacity: int) -> int:

@@ -29,6 +29,7 @@ __all__ = ["DataPlane", "Runner"]
 
 log = logging.getLogger("pyvhost")
 
+_RETRY_S = 1.0  # until a runner that failed is called again
 _MAX_EVENTS = 64  # taken from the kernel in one turn
 
 
@@ -181,7 +182,11 @@ class DataPlane:
         for runner, due in list(self._runners.items()):
             if runner.touched or (due is not None and due <= now):
                 runner.touched = False
-                wait = runner.run()
+                try:
+                    wait = runner.run()
+                except Exception:
+                    log.exception("error in the data plane")
+                    wait = _RETRY_S
                 due = None if wait is None else now + wait
                 if runner not in self._runners:
                     continue

@@ -72,6 +72,7 @@ class Ram:
             raise
         self.view = memoryview(self._mmap)
         self._next = guest_addr
+        self._freed: dict[int, list[int]] = {}  # addresses by size
 
     #: where the frontend sees the region, as it tells the backend; any numbering would do that is not the guest's
     @property
@@ -87,15 +88,24 @@ class Ram:
         return Region(self.guest_addr, self.size, self.user_addr, Mapping(self.view))
 
     def alloc(self, size: int, align: int = 16) -> int:
-        """The guest address of ``size`` fresh zeroed bytes; they are never given back.
+        """The guest address of ``size`` zeroed bytes, until ``free()``.
 
         :raises MemoryError: there is not enough left
         """
+        for start in self._freed.get(size, ()):
+            if start % align == 0:
+                self._freed[size].remove(start)
+                self.at(start, size)[:] = bytes(size)
+                return start
         start = -(-self._next // align) * align
         if start + size > self.guest_addr + self.size:
             raise MemoryError(f"{size} bytes of guest memory")
         self._next = start + size
         return start
+
+    def free(self, addr: int, size: int) -> None:
+        """Give back what ``alloc()`` gave: for the next one of that size."""
+        self._freed.setdefault(size, []).append(addr)
 
     def at(self, addr: int, size: int) -> memoryview:
         """The ``size`` bytes at guest address ``addr``, writable."""
@@ -124,6 +134,7 @@ class Queue:
     call_fd: int  #: readable when the device has signalled
     err_fd: int  #: readable when the device says that the ring is broken
     peer_fd: int  #: the connection's socket, readable between messages only when the backend has left
+    ring_memory: tuple[int, int]  #: its address and size in bytes, with the indirect tables
     started: bool = False
 
     def kick(self) -> bool:
@@ -309,6 +320,7 @@ class Frontend:
             call_fd=os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),
             err_fd=os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),
             peer_fd=self._socket.fileno(),
+            ring_memory=(address, bytes_needed),
         )
         self.queues[index] = queue
         return queue
@@ -324,7 +336,6 @@ class Frontend:
     def _new_ring(self, size: int, address: int, tables: int) -> tuple[DriverQueue, RingSetup]:
         features = self.machine.features
         view = self.ram.at(address, self._driver.memory_size(size, tables))
-        view[:] = bytes(len(view))
         event_idx = bool(features & Feature.EVENT_IDX)
         ring: SplitDriverQueue | PackedDriverQueue
         if self._packed:
@@ -380,14 +391,15 @@ class Frontend:
 
     def reconnect(self, path: str | os.PathLike[str]) -> None:
         """Go on with another backend, as a VMM whose backend died: the same features, memory, rings and inflight
-        region; each ring's base is its used index, as nobody answered what it was.
+        region; each split ring's base is its used index, as nobody answered what it was. The place of a packed ring
+        is in the inflight region.
 
         :raises OSError: nobody listens there
         :raises StateError: the new backend does not offer what was agreed on with the old one; or the rings are
-            packed, whose place only the old one knew
+            packed, and there is no inflight region (``track_inflight()``)
         """
-        if self._packed:
-            raise StateError("packed rings cannot be taken over")
+        if self._packed and self.inflight is None:
+            raise StateError("packed rings whose place only the old backend knew")
         before = self.machine
         timeout = self._socket.gettimeout()
         self._socket.close()
@@ -402,6 +414,8 @@ class Frontend:
             raise StateError("the new backend has other features")
         for queue in self.queues.values():
             queue.peer_fd = self._socket.fileno()
+            if self._packed:
+                continue
             used = queue.setup.used - self.ram.user_addr + self.ram.guest_addr
             base = int.from_bytes(self.ram.at(used + 2, 2), "little")
             queue.setup = replace(queue.setup, base=base)
@@ -418,6 +432,7 @@ class Frontend:
             self._do(self.machine.reset_device())
         for queue in self.queues.values():
             queue.close()
+            self.ram.free(*queue.ring_memory)
         self.queues = {}
 
     # --- what is in flight

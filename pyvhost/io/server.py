@@ -26,6 +26,7 @@ from pyvhost.errors import Disconnected, MessageError, ProtocolError, StateError
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.fence import host_atomic_or, host_fences
 from pyvhost.io.mapping import Mapper, allocate
+from pyvhost.io.signals import prepare
 from pyvhost.io.sockets import ANCILLARY_BYTES, Listener, fds_of, rights
 from pyvhost.io.transfer import read_all, write_all
 from pyvhost.memory import Mapping
@@ -255,6 +256,9 @@ class _Connection:
     def check_channel(self, fd: int) -> None:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise MessageError("SET_BACKEND_REQ_FD with something that is no socket")
+
+    def check_signal(self, fd: int) -> None:
+        prepare(fd)
 
     def send(self, fd: int, message: bytes) -> bool:
         sock = socket.socket(fileno=fd)

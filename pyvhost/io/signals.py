@@ -6,6 +6,10 @@ that it shares. So the write is just done, and a second thread looks a few times
 in the same write as last time. If so, it empties the eventfd, which lets the write through, and the caller is told, so
 that it can end that connection. A signal costs two assignments more; a frontend that tries it holds up the others once,
 for half a second at most.
+
+user-mode-linux gives sockets instead: one in which a write is stuck is shut down. The write end of a pipe can be
+neither emptied nor shut down by who writes to it, so ``prepare()`` opens that anew, non-blocking, with flags that the
+frontend does not share. Nothing else is taken.
 """
 
 from __future__ import annotations
@@ -13,14 +17,44 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import stat
 import threading
 
-__all__ = ["Signaller"]
+from pyvhost.errors import MessageError
+
+__all__ = ["Signaller", "prepare"]
 
 log = logging.getLogger("pyvhost")
 
 _PERIOD = 0.25  # seconds between two looks
 _RETRY = 0.001  # … at a write that is stuck, while the frontend goes on filling its eventfd
+
+
+def prepare(fd: int) -> None:
+    """Make sure that no ``Signaller.signal(fd)`` can be held up for good; what ``fd`` refers to may be replaced.
+
+    :raises MessageError: it is neither an eventfd, nor a socket, nor a pipe that we may open
+    """
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind == stat.S_IFIFO:
+        try:
+            ours = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            raise MessageError(f"a pipe to signal that cannot be opened: {e.strerror}") from None
+        os.dup2(ours, fd, inheritable=False)
+        os.close(ours)
+    elif kind not in (0, stat.S_IFSOCK):  # an eventfd has none
+        raise MessageError("something to signal that is neither an eventfd, nor a socket, nor a pipe")
+
+
+def _shut_down(fd: int) -> None:
+    """:raises OSError: ``fd`` is no socket"""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    finally:
+        sock.detach()
 
 
 class Signaller:
@@ -70,7 +104,7 @@ class Signaller:
             last = number
 
     def _free(self, number: int) -> bool:
-        """Empty the eventfd if that write is still stuck; whether it is not."""
+        """Empty the eventfd, or shut down the socket, if that write is still stuck; whether it is not."""
         with self._lock:
             fd = self._writing
             if fd < 0 or self._number != number:
@@ -78,4 +112,6 @@ class Signaller:
             self._freed = number
             with contextlib.suppress(OSError):  # the write went through meanwhile
                 os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+            with contextlib.suppress(OSError):
+                _shut_down(fd)
             return False

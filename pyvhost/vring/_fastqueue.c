@@ -33,7 +33,7 @@ enum { MAX_SIZE = 1 << 15, INLINE = 4, FREE_CHAINS = 64, BIG_COPY = 1 << 18 };
 #define MAX_TOTAL (UINT64_C(1) << 32)
 
 static PyObject *RingError, *StateError, *MemoryFault, *deque;
-static PyObject *str_regions, *str_guest_addr, *str_size, *str_view, *str_readonly, *str_popleft;
+static PyObject *str_regions, *str_guest_addr, *str_size, *str_view, *str_readonly, *str_popleft, *str_unpack;
 
 struct desc {
 	uint64_t addr;
@@ -153,6 +153,7 @@ typedef struct {
 	PyObject_HEAD
 	unsigned int head;
 	uint32_t entries; /* packed: descriptors in the ring */
+	uint16_t first, last; /* packed: its entries in the inflight record */
 	Py_ssize_t readables, segments; /* readable ones, all */
 	unsigned long long readable_bytes, writable_bytes;
 	Segment *segment;
@@ -328,6 +329,35 @@ static PyObject *chain_read(Chain *self, PyObject *const *args, Py_ssize_t nargs
 	return bytes;
 }
 
+static PyObject *chain_unpack(Chain *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+	static const char *const names[] = {"layout", "offset"};
+	PyObject *given[2];
+	Py_ssize_t offset = 0;
+	if (arguments("unpack", names, 1, 2, args, nargs, kwnames, given) < 0)
+		return NULL;
+	if (given[1] && (offset = PyNumber_AsSsize_t(given[1], NULL)) == -1 && PyErr_Occurred())
+		return NULL;
+	PyObject *number = PyObject_GetAttr(given[0], str_size);
+	if (!number)
+		return NULL;
+	Py_ssize_t size = PyNumber_AsSsize_t(number, PyExc_OverflowError);
+	Py_DECREF(number);
+	if (size == -1 && PyErr_Occurred())
+		return NULL;
+	if (offset < 0 || size < 0 || (uint64_t)offset + (uint64_t)size > self->readable_bytes)
+		return PyErr_Format(PyExc_ValueError, "%zd bytes from %zd on are not in %llu readable bytes", size, offset,
+				    self->readable_bytes);
+	PyObject *bytes = PyBytes_FromStringAndSize(NULL, size), *fields = NULL;
+	if (bytes) {
+		if (size)
+			copy_any(self->segment, (uint64_t)offset, PyBytes_AS_STRING(bytes), (uint64_t)size, 0);
+		fields = PyObject_CallMethodOneArg(given[0], str_unpack, bytes);
+		Py_DECREF(bytes);
+	}
+	return fields;
+}
+
 static PyObject *chain_write(Chain *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
 	static const char *const names[] = {"data", "offset"};
@@ -379,6 +409,7 @@ static PyGetSetDef chain_getset[] = {
 
 static PyMethodDef chain_methods[] = {
 	{"read", (PyCFunction)(void (*)(void))chain_read, METH_FASTCALL | METH_KEYWORDS, NULL},
+	{"unpack", (PyCFunction)(void (*)(void))chain_unpack, METH_FASTCALL | METH_KEYWORDS, NULL},
 	{"write", (PyCFunction)(void (*)(void))chain_write, METH_FASTCALL | METH_KEYWORDS, NULL},
 	{NULL},
 };
@@ -428,8 +459,11 @@ typedef struct {
 
 	uint32_t spin_misses, spin_skip;
 
-	Py_buffer record; /* split: this queue's part of the inflight region; obj is NULL when there is none */
+	Py_buffer record; /* this queue's part of the inflight region; obj is NULL when there is none */
 	uint64_t record_counter;
+	uint16_t *links; /* packed: the private copy of its list of free entries */
+	uint32_t links_count, record_free;
+	PyObject *kept; /* packed: what it said when the queue was stopped */
 	PyObject *recovered; /* a deque of chains */
 
 	PyObject *log, *mark, *log_used; /* RingLog and its fields; NULL: nothing is logged */
@@ -469,6 +503,9 @@ static void drop_record(Queue *q)
 {
 	if (q->record.obj)
 		PyBuffer_Release(&q->record);
+	PyMem_RawFree(q->links);
+	q->links = NULL;
+	q->links_count = 0;
 }
 
 static int bind_memory(Queue *q, PyObject *memory, PyObject *const parts[3])
@@ -600,6 +637,7 @@ static int queue_traverse(Queue *q, visitproc visit, void *arg)
 static int queue_clear(Queue *q)
 {
 	Py_CLEAR(q->recovered);
+	Py_CLEAR(q->kept);
 	Py_CLEAR(q->log);
 	Py_CLEAR(q->mark);
 	Py_CLEAR(q->log_used);
@@ -918,24 +956,105 @@ static void record_taken(Queue *q, uint32_t head)
 	in_order();
 }
 
-/* Give ``head``, of ``count`` descriptors, back to the driver; ``chain`` is what it was, NULL if it was a bad one. */
-static int put_back(Queue *q, uint32_t head, uint32_t count, const Chain *chain, uint32_t written)
+/* As PackedInflight in packed_inflight.py, which explains it: offsets in the part, and in each of its entries. */
+enum { PACKED_HEADS = 12, PACKED_POSITIONS = 16, PACKED_HEAD = 32, PACKED_ENTRY = 32 };
+enum { PACKED_STATE = 0, PACKED_COUNTER = 8, PACKED_BUFFER = 16, PACKED_ADDRESS = 24 };
+
+static inline void record32(Queue *q, uint32_t value)
+{
+	in_order();
+	__atomic_store_n((uint32_t *)((char *)q->record.buf + PACKED_HEADS), value, __ATOMIC_RELAXED);
+	in_order();
+}
+
+static inline void record64(Queue *q, size_t offset, uint64_t value)
+{
+	in_order();
+	__atomic_store_n((uint64_t *)((char *)q->record.buf + offset), value, __ATOMIC_RELAXED);
+	in_order();
+}
+
+static size_t packed_entry(uint32_t n)
+{
+	return PACKED_HEAD + PACKED_ENTRY * (size_t)n;
+}
+
+static uint64_t positions(uint32_t used, uint32_t used_wrap, uint32_t old, uint32_t old_wrap)
+{
+	return (uint64_t)used | (uint64_t)old << 16 | (uint64_t)used_wrap << 32 | (uint64_t)old_wrap << 40;
+}
+
+/* ``head`` was popped: the ``count`` descriptors in ``table``. Its id, which only the last one has to have, is written
+ * with each. */
+static void record_taken_packed(Queue *q, uint32_t head, uint32_t count, uint16_t *first, uint16_t *last)
+{
+	uint32_t index = q->record_free;
+	*first = (uint16_t)index;
+	for (uint32_t n = 0; n < count; n++) {
+		struct desc d;
+		memcpy(&d, q->table + 16 * (size_t)n, sizeof d);
+		size_t at = packed_entry(index);
+		record64(q, at + PACKED_BUFFER, head | (uint64_t)d.four << 16 | (uint64_t)d.len << 32);
+		record64(q, at + PACKED_ADDRESS, d.addr);
+		*last = (uint16_t)index;
+		index = q->links[index];
+	}
+	size_t at = packed_entry(*first);
+	record64(q, at + PACKED_COUNTER, q->record_counter++);
+	record64(q, at + PACKED_STATE,
+		 1 | (uint64_t)q->links[*first] << 16 | (uint64_t)*last << 32 | (uint64_t)count << 48);
+	q->record_free = index;
+	record32(q, index | index << 16);
+}
+
+/* It is in the ring but for its flags. */
+static void record_returning(Queue *q, uint16_t first, uint16_t last, uint32_t count, uint32_t used, uint32_t used_wrap)
+{
+	uint32_t free = q->record_free;
+	q->links[last] = (uint16_t)free;
+	if (first == last)
+		record64(q, packed_entry(first), 1 | (uint64_t)free << 16 | (uint64_t)last << 32 | (uint64_t)count << 48);
+	else
+		record64(q, packed_entry(last), (uint64_t)free << 16);
+	record32(q, first | free << 16);
+	record64(q, PACKED_POSITIONS, positions(used, used_wrap, q->used_idx, q->used_wrap));
+	q->record_free = first;
+}
+
+/* The flags are written, ``used_idx`` is behind them. */
+static void record_returned(Queue *q, uint16_t first)
+{
+	record64(q, packed_entry(first), (uint64_t)q->links[first] << 16);
+	record32(q, first | (uint32_t)first << 16);
+	record64(q, PACKED_POSITIONS, positions(q->used_idx, q->used_wrap, q->used_idx, q->used_wrap));
+}
+
+/* Give ``head``, of ``count`` descriptors, back to the driver; ``chain`` is what it was, NULL if it was a bad one;
+ * ``first`` and ``last`` are its entries in the record of a packed queue. */
+static int put_back(Queue *q, uint32_t head, uint32_t count, const Chain *chain, uint16_t first, uint16_t last,
+		    uint32_t written)
 {
 	uint64_t offset;
 	q->in_flight--;
 	if (q->packed) {
 		offset = 16 * (uint64_t)q->used_idx;
 		char *at = q->desc + offset;
+		uint32_t used = q->used_idx + count, wrap = q->used_wrap;
+		if (used >= q->size) {
+			used -= q->size;
+			wrap ^= 1;
+		}
 		store32(at + 8, written);
 		store16(at + 12, (uint16_t)head);
+		if (q->record.obj)
+			record_returning(q, first, last, count, used, wrap);
 		store16_release(at + 14, (uint16_t)((q->used_wrap ? F_BOTH : 0) | (written ? F_WRITE : 0)));
 		q->occupied -= count;
 		q->since += count;
-		q->used_idx += count;
-		if (q->used_idx >= q->size) {
-			q->used_idx -= q->size;
-			q->used_wrap ^= 1;
-		}
+		q->used_idx = used;
+		q->used_wrap = wrap;
+		if (q->record.obj)
+			record_returned(q, first);
 		return q->mark ? mark(q, chain, offset, 16) : 0;
 	}
 	offset = 4 + 8 * (uint64_t)(q->used_idx & (q->size - 1));
@@ -1015,7 +1134,8 @@ static int push_number(Queue *q, long long head, PyObject *written_given)
 		return -1;
 	}
 	q->held[head] = NULL;
-	int result = put_back(q, (uint32_t)head, chain->entries, chain, (uint32_t)written);
+	int result = put_back(q, (uint32_t)head, chain->entries, chain, chain->first, chain->last,
+			      (uint32_t)written);
 	Py_DECREF(chain);
 	return result;
 }
@@ -1053,7 +1173,7 @@ static int some_recovered(Queue *q)
 
 /* Hold ``head``, which was walked, or could not be for the reason ``why``: 1 and a chain that is the caller's, or it is
  * given back and breaks the queue. */
-static int hold(Queue *q, uint32_t head, uint32_t count, const char *why, Chain **chain)
+static int hold(Queue *q, uint32_t head, uint32_t count, uint16_t first, uint16_t last, const char *why, Chain **chain)
 {
 	q->in_flight++;
 	q->occupied += count;
@@ -1062,13 +1182,15 @@ static int hold(Queue *q, uint32_t head, uint32_t count, const char *why, Chain 
 				   q->writable_bytes);
 		q->held[head] = *chain;
 		if (*chain) {
+			(*chain)->first = first;
+			(*chain)->last = last;
 			Py_INCREF(*chain);
 			return 1;
 		}
 		PyErr_Clear();
 		why = NO_MEMORY;
 	}
-	if (put_back(q, head, count, NULL, 0) < 0)
+	if (put_back(q, head, count, NULL, first, last, 0) < 0)
 		return -1;
 	return break_because(q, why);
 }
@@ -1093,13 +1215,17 @@ static int take_split(Queue *q, Chain **chain)
 		return break_because(q, "an available head that is outside of the ring or already in flight");
 	if (q->record.obj)
 		record_taken(q, head);
-	return hold(q, head, 0, walk_split(q, head), chain);
+	return hold(q, head, 0, 0, 0, walk_split(q, head), chain);
 }
 
 static int take_packed(Queue *q, Chain **chain)
 {
 	if (q->stopped || q->broken)
 		return 0;
+	if (some_recovered(q)) {
+		*chain = (Chain *)PyObject_CallMethodNoArgs(q->recovered, str_popleft);
+		return *chain ? 1 : -1;
+	}
 	uint32_t position = q->next, count = 0, room = q->size - q->occupied;
 	uint16_t flags = load16_acquire(q->desc + 16 * (size_t)position + 14);
 	if ((flags & F_BOTH) != (q->wrap ? F_AVAIL : F_USED))
@@ -1127,7 +1253,10 @@ static int take_packed(Queue *q, Chain **chain)
 	if (q->next + count >= q->size)
 		q->wrap ^= 1;
 	q->next = position;
-	return hold(q, d.three, count, walk_packed(q, count), chain);
+	uint16_t first = 0, last = 0;
+	if (q->record.obj)
+		record_taken_packed(q, d.three, count, &first, &last);
+	return hold(q, d.three, count, first, last, walk_packed(q, count), chain);
 }
 
 static int take(Queue *q, PyObject **chain)
@@ -1350,7 +1479,7 @@ static PyObject *queue_drain(Queue *q, PyObject *const *args, Py_ssize_t nargs, 
 {
 	static const char *const names[] = {"handler", "budget", "notify_every"};
 	PyObject *given[3];
-	Py_ssize_t budget = 256, notify_every = 4;
+	Py_ssize_t budget = 256, notify_every = 8;
 	if (arguments("drain", names, 1, 3, args, nargs, kwnames, given) < 0)
 		return NULL;
 	if (given[1] && (budget = PyNumber_AsSsize_t(given[1], NULL)) == -1 && PyErr_Occurred())
@@ -1381,6 +1510,11 @@ static unsigned long base_of(const Queue *q)
 static PyObject *queue_stop(Queue *q, PyObject *unused)
 {
 	if (!q->stopped) {
+		if (q->packed && q->record.obj) {
+			Py_XSETREF(q->kept, PyBytes_FromStringAndSize(q->record.buf, q->record.len));
+			if (!q->kept)
+				return NULL;
+		}
 		q->stopped = 1;
 		drop_memory(q); /* the ring may be unmapped from now on */
 		drop_record(q);
@@ -1418,6 +1552,8 @@ static PyObject *queue_adopt(Queue *q, PyObject *other)
 	PyObject *recovered = q->recovered;
 	q->recovered = paused->recovered;
 	paused->recovered = recovered;
+	Py_XSETREF(q->kept, paused->kept);
+	paused->kept = NULL;
 	paused->in_flight = paused->occupied = 0;
 	Py_RETURN_NONE;
 }
@@ -1438,58 +1574,105 @@ static PyObject *held_heads(Queue *q)
 	return list;
 }
 
+/* The private list of free entries of a PackedInflight, which has checked it. */
+static int copy_links(Queue *q, PyObject *inflight, uint64_t room)
+{
+	PyObject *links = PyObject_GetAttrString(inflight, "links");
+	PyObject *free = links ? PyObject_GetAttrString(inflight, "free") : NULL;
+	Py_buffer view = {.obj = NULL};
+	int result = -1;
+	if (!free || PyObject_GetBuffer(links, &view, PyBUF_SIMPLE) < 0)
+		goto out;
+	size_t count = (size_t)view.len / 2;
+	unsigned long first = PyLong_AsUnsignedLong(free);
+	if (PyErr_Occurred())
+		goto out;
+	int fits = count >= q->size && count <= MAX_SIZE && first <= count && packed_entry((uint32_t)count) <= room;
+	for (size_t n = 0; fits && n < count; n++)
+		fits = ((const uint16_t *)view.buf)[n] <= count;
+	if (!fits) {
+		PyErr_SetString(RingError, "an inflight region that is too small for the ring, or misaligned");
+		goto out;
+	}
+	uint16_t *copy = PyMem_RawMalloc(2 * count);
+	if (!copy) {
+		PyErr_NoMemory();
+		goto out;
+	}
+	memcpy(copy, view.buf, 2 * count);
+	PyMem_RawFree(q->links);
+	q->links = copy;
+	q->links_count = (uint32_t)count;
+	q->record_free = (uint32_t)first;
+	result = 0;
+out:
+	if (view.obj)
+		PyBuffer_Release(&view);
+	Py_XDECREF(links);
+	Py_XDECREF(free);
+	return result;
+}
+
 static int attach_record(Queue *q, PyObject *inflight)
 {
-	PyObject *flags = PyObject_GetAttrString(inflight, "flags");
+	PyObject *view = PyObject_GetAttrString(inflight, q->packed ? "view" : "flags");
 	PyObject *counter = PyObject_GetAttrString(inflight, "_counter");
 	Py_buffer record = {.obj = NULL};
 	int result = -1;
-	if (!flags || !counter)
+	if (!view || !counter)
 		goto out;
 	uint64_t first = PyLong_AsUnsignedLongLongMask(counter);
-	if (PyErr_Occurred() || PyObject_GetBuffer(flags, &record, PyBUF_WRITABLE) < 0)
+	if (PyErr_Occurred() || PyObject_GetBuffer(view, &record, PyBUF_WRITABLE) < 0)
 		goto out;
-	if ((uint64_t)record.len < RECORD_HEAD + RECORD_ENTRY * (uint64_t)q->size || (uintptr_t)record.buf & 1) {
+	uint64_t need = q->packed ? packed_entry(q->size) : RECORD_HEAD + RECORD_ENTRY * (uint64_t)q->size;
+	if ((uint64_t)record.len < need || (uintptr_t)record.buf & 7) {
 		PyBuffer_Release(&record);
 		PyErr_SetString(RingError, "an inflight region that is too small for the ring, or misaligned");
 		goto out;
 	}
 	drop_record(q);
+	if (q->packed && copy_links(q, inflight, (uint64_t)record.len) < 0) {
+		PyBuffer_Release(&record);
+		goto out;
+	}
 	q->record = record;
 	q->record_counter = first;
 	result = 0;
 out:
-	Py_XDECREF(flags);
+	Py_XDECREF(view);
 	Py_XDECREF(counter);
 	return result;
 }
 
-static PyObject *queue_track(Queue *q, PyObject *inflight)
+/* Append what was recovered, or was bad and is given back. */
+static int recovered(Queue *q, int some, Chain *chain)
 {
-	PyObject *heads_found, *result;
-	if (q->packed || q->stopped) {
-		PyErr_SetString(StateError, "this queue cannot record what is in flight");
-		return NULL;
-	}
-	if (q->in_flight) {
-		PyObject *mine = held_heads(q);
-		if (!mine)
-			return NULL;
-		result = PyObject_CallMethod(inflight, "resume", "IIN", q->size, q->used_idx, mine);
-		Py_XDECREF(result);
-		if (!result || attach_record(q, inflight) < 0)
-			return NULL;
-		Py_RETURN_NONE;
-	}
-	result = PyObject_CallMethod(inflight, "recover", "II", q->size, q->used_idx);
+	if (some <= 0)
+		return some;
+	PyObject *result = PyObject_CallMethod(q->recovered, "append", "N", chain);
+	Py_XDECREF(result);
+	return result ? 0 : -1;
+}
+
+static int resume_split(Queue *q, PyObject *inflight)
+{
+	PyObject *mine = held_heads(q);
+	PyObject *result = mine ? PyObject_CallMethod(inflight, "resume", "IIN", q->size, q->used_idx, mine) : NULL;
+	Py_XDECREF(result);
+	return result ? attach_record(q, inflight) : -1;
+}
+
+static int recover_split(Queue *q, PyObject *inflight)
+{
+	PyObject *result = PyObject_CallMethod(inflight, "recover", "II", q->size, q->used_idx);
 	if (!result)
-		return NULL;
-	heads_found = result == Py_None ? PyList_New(0) : PySequence_List(result);
+		return -1;
 	int before = result != Py_None;
+	PyObject *found = before ? PySequence_List(result) : PyList_New(0);
 	Py_DECREF(result);
-	if (!heads_found)
-		return NULL;
-	Py_ssize_t count = PyList_GET_SIZE(heads_found);
+	if (!found)
+		return -1;
+	Py_ssize_t count = PyList_GET_SIZE(found);
 	if (before) {
 		if (count > (uint16_t)(load16_acquire(q->avail + 2) - q->used_idx)) {
 			PyErr_SetString(RingError, "more requests in flight than were made available");
@@ -1500,7 +1683,7 @@ static PyObject *queue_track(Queue *q, PyObject *inflight)
 	if (attach_record(q, inflight) < 0)
 		goto error;
 	for (Py_ssize_t n = 0; n < count; n++) {
-		unsigned long head = PyLong_AsUnsignedLong(PyList_GET_ITEM(heads_found, n));
+		unsigned long head = PyLong_AsUnsignedLong(PyList_GET_ITEM(found, n));
 		Chain *chain;
 		if (PyErr_Occurred())
 			goto error;
@@ -1508,21 +1691,142 @@ static PyObject *queue_track(Queue *q, PyObject *inflight)
 			PyErr_SetString(RingError, "an inflight region that refers to a head outside of the ring");
 			goto error;
 		}
-		int some = hold(q, (uint32_t)head, 0, walk_split(q, (uint32_t)head), &chain);
-		if (some < 0)
+		int some = hold(q, (uint32_t)head, 0, 0, 0, walk_split(q, (uint32_t)head), &chain);
+		if (recovered(q, some, chain) < 0)
 			goto error;
-		if (some) {
-			PyObject *result = PyObject_CallMethod(q->recovered, "append", "N", chain);
-			Py_XDECREF(result);
-			if (!result)
-				goto error;
+	}
+	Py_DECREF(found);
+	return 0;
+error:
+	Py_DECREF(found);
+	return -1;
+}
+
+/* One ``Taken``; its descriptors are the item's. */
+static int parse_taken(Queue *q, PyObject *item, unsigned int *first, unsigned int *last, unsigned int *head,
+		       const char **descriptors, uint32_t *count)
+{
+	Py_ssize_t bytes;
+	if (!PyArg_ParseTuple(item, "IIIy#", first, last, head, descriptors, &bytes))
+		return -1;
+	*count = (uint32_t)(bytes / 16);
+	if (*first >= q->links_count || *last >= q->links_count || *head >= heads(q) || bytes < 16 ||
+	    bytes > 16 * (Py_ssize_t)q->size) {
+		PyErr_SetString(RingError, "an inflight region with a request that makes no sense");
+		return -1;
+	}
+	return 0;
+}
+
+static int resume_packed(Queue *q, PyObject *inflight)
+{
+	if (!q->kept) {
+		PyErr_SetString(RingError, "requests are in flight that were not recorded");
+		return -1;
+	}
+	PyObject *found = PyObject_CallMethod(inflight, "resume", "IO", q->size, q->kept);
+	if (!found)
+		return -1;
+	if (!PyList_Check(found) || attach_record(q, inflight) < 0)
+		goto error;
+	uint32_t same = PyList_GET_SIZE(found) == q->in_flight;
+	for (Py_ssize_t n = 0; same && n < PyList_GET_SIZE(found); n++) {
+		unsigned int first, last, head;
+		const char *descriptors;
+		uint32_t count;
+		if (parse_taken(q, PyList_GET_ITEM(found, n), &first, &last, &head, &descriptors, &count) < 0)
+			goto error;
+		Chain *chain = q->held[head];
+		same = chain && chain->entries == count;
+		if (same) {
+			chain->first = (uint16_t)first;
+			chain->last = (uint16_t)last;
 		}
 	}
-	Py_DECREF(heads_found);
-	Py_RETURN_NONE;
+	Py_DECREF(found);
+	if (same)
+		return 0;
+	drop_record(q);
+	PyErr_SetString(RingError, "an inflight region with other requests than are in flight");
+	return -1;
 error:
-	Py_DECREF(heads_found);
-	return NULL;
+	Py_DECREF(found);
+	drop_record(q);
+	return -1;
+}
+
+static int go_to(Queue *q, unsigned long base)
+{
+	uint32_t next = base & 0x7FFF, used = base >> 16 & 0x7FFF;
+	if (next >= q->size || used >= q->size) {
+		PyErr_Format(RingError, "a base of 0x%x for a ring of %u entries", (unsigned int)base, q->size);
+		return -1;
+	}
+	q->next = next;
+	q->wrap = base >> 15 & 1;
+	q->used_idx = used;
+	q->used_wrap = base >> 31 & 1;
+	return 0;
+}
+
+static int recover_packed(Queue *q, PyObject *inflight)
+{
+	PyObject *result = PyObject_CallMethod(inflight, "recover", "IkO", q->size, base_of(q), q->part[0].obj);
+	PyObject *found;
+	unsigned long base;
+	if (!result)
+		return -1;
+	if (attach_record(q, inflight) < 0)
+		goto error;
+	if (result == Py_None) {
+		Py_DECREF(result);
+		return 0;
+	}
+	if (!PyArg_ParseTuple(result, "kO!", &base, &PyList_Type, &found) || go_to(q, base) < 0)
+		goto error;
+	for (Py_ssize_t n = 0; n < PyList_GET_SIZE(found); n++) {
+		unsigned int first, last, head;
+		const char *descriptors;
+		uint32_t count;
+		Chain *chain;
+		if (parse_taken(q, PyList_GET_ITEM(found, n), &first, &last, &head, &descriptors, &count) < 0)
+			goto error;
+		if (q->held[head] || count > q->size - q->occupied) {
+			PyErr_SetString(RingError, "an inflight region with more descriptors than the ring is long");
+			goto error;
+		}
+		if (table_room(q, 16 * (size_t)count) != NULL) {
+			PyErr_NoMemory();
+			goto error;
+		}
+		memcpy(q->table, descriptors, 16 * (size_t)count);
+		int some = hold(q, head, count, (uint16_t)first, (uint16_t)last, walk_packed(q, count), &chain);
+		if (recovered(q, some, chain) < 0)
+			goto error;
+	}
+	Py_DECREF(result);
+	return 0;
+error:
+	Py_DECREF(result);
+	return -1;
+}
+
+static PyObject *queue_track(Queue *q, PyObject *inflight)
+{
+	if (q->stopped) {
+		PyErr_SetString(StateError, "a stopped queue records nothing");
+		return NULL;
+	}
+	if (PyObject_HasAttrString(inflight, "links") != q->packed) {
+		PyErr_SetString(StateError, q->packed ? "a packed queue, and a recorder of split ones"
+						      : "a split queue, and a recorder of packed ones");
+		return NULL;
+	}
+	int result = q->packed ? q->in_flight ? resume_packed(q, inflight) : recover_packed(q, inflight)
+			       : q->in_flight ? resume_split(q, inflight) : recover_split(q, inflight);
+	if (result < 0)
+		return NULL;
+	Py_RETURN_NONE;
 }
 
 static PyObject *queue_log_to(Queue *q, PyObject *log)
@@ -1631,6 +1935,7 @@ PyMODINIT_FUNC PyInit__fastqueue(void)
 	str_guest_addr = PyUnicode_InternFromString("guest_addr");
 	str_size = PyUnicode_InternFromString("size");
 	str_view = PyUnicode_InternFromString("view");
+	str_unpack = PyUnicode_InternFromString("unpack");
 	str_popleft = PyUnicode_InternFromString("popleft");
 	str_readonly = PyUnicode_InternFromString("readonly");
 	PyObject *collections = PyImport_ImportModule("collections");

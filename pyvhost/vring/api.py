@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Protocol
 
 from pyvhost.dirtylog import RingLog
 from pyvhost.errors import RingError
 from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
+from pyvhost.vring.packed_inflight import PackedInflight
 
-__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Segment"]
+__all__ = ["Chain", "DeviceQueue", "DriverQueue", "Fences", "Inflight", "RegionChain", "Segment"]
+
+#: what records the requests in flight of one queue, of either ring format
+Inflight = SplitInflight | PackedInflight
 
 #: guest address, length in bytes (> 0)
 Segment = tuple[int, int]
@@ -65,7 +70,11 @@ class Chain:
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """A private copy of up to ``length`` readable bytes from ``offset`` on; fewer if the driver gave fewer. The
         guest chooses ``readable_bytes`` (up to 4 GiB): give a ``length`` or check first.
+
+        :raises ValueError: a negative offset
         """
+        if offset < 0:
+            raise ValueError("a negative offset")
         readable = self.readable
         if len(readable) == 1:  # the common case, without a loop
             return bytes(readable[0][offset : None if length is None else offset + length])
@@ -83,12 +92,24 @@ class Chain:
             parts.append(part)
         return b"".join(parts)
 
+    def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
+        """The fields of ``layout`` at ``offset`` of the readable part, copied once: ``read()`` and unpacking in one.
+
+        :raises ValueError: the driver gave fewer bytes
+        """
+        size = layout.size
+        if not 0 <= offset <= self.readable_bytes - size:
+            raise ValueError(f"{size} bytes from {offset} on are not in {self.readable_bytes} readable bytes")
+        return layout.unpack(self.read(offset, size))
+
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
         """Copy ``data`` into the writable part from ``offset`` on; returns the end, ``offset + len(data)``: what to
         give to ``push()`` if all before it was written too.
 
-        :raises ValueError: it does not fit; nothing was written then
+        :raises ValueError: it does not fit, or a negative offset; nothing was written then
         """
+        if offset < 0:
+            raise ValueError("a negative offset")
         size = len(data)
         end = offset + size
         if end > self.writable_bytes:
@@ -110,6 +131,70 @@ class Chain:
             size -= count
             offset = 0
         return end
+
+
+class RegionChain(Chain):
+    """A ``Chain`` that lies in one memory region, as most do: views are made of it when they are asked for. ``spans``
+    are start and end of each part in the region's ``view``, one after the other, the ``readables`` readable ones
+    first. Whoever makes one has checked them."""
+
+    __slots__ = ("_first", "_spans", "_view")
+
+    def __init__(
+        self,
+        head: int,
+        view: memoryview,
+        spans: Sequence[int],
+        readables: int,
+        readable_bytes: int,
+        writable_bytes: int,
+    ) -> None:
+        self.head = head
+        self._view = view
+        self._spans = spans
+        self._first = 2 * readables  # of the writable ones, in spans
+        self.readable_bytes = readable_bytes
+        self.writable_bytes = writable_bytes
+
+    def written(self, base: int) -> list[tuple[int, int]]:
+        """Guest addresses and lengths of the writable part; the region is at ``base``."""
+        spans = self._spans
+        return [(base + spans[n], spans[n + 1] - spans[n]) for n in range(self._first, len(spans), 2)]
+
+    @property
+    def readable(self) -> list[memoryview]:  # type: ignore[override]
+        spans, view = self._spans, self._view.toreadonly()
+        return [view[spans[n] : spans[n + 1]] for n in range(0, self._first, 2)]
+
+    @property
+    def writable(self) -> list[memoryview]:  # type: ignore[override]
+        spans, view = self._spans, self._view
+        return [view[spans[n] : spans[n + 1]] for n in range(self._first, len(spans), 2)]
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        if self._first != 2 or offset < 0:
+            return super().read(offset, length)
+        spans = self._spans
+        start, end = spans[0] + offset, spans[1]
+        if length is not None and length < end - start:
+            end = start + length
+        return bytes(self._view[start:end])
+
+    def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
+        if self._first == 2 and 0 <= offset <= self.readable_bytes - layout.size:
+            return layout.unpack_from(self._view, self._spans[0] + offset)
+        return super().unpack(layout, offset)
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
+        spans = self._spans
+        size = len(data)
+        end = offset + size
+        room = self.writable_bytes
+        at = spans[-1] - room + offset
+        if spans[-2] <= at and end <= room and self._first < len(spans):  # the last part, or the only one
+            self._view[at : at + size] = data
+            return end
+        return super().write(data, offset)
 
 
 class DeviceQueue(Protocol):
@@ -167,12 +252,13 @@ class DeviceQueue(Protocol):
         is."""
         ...
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
-        later with ``push()``. Signals the driver after every ``notify_every`` completions and at the end. Returns
-        True if requests are left (the budget was used up), False if the ring is empty and the driver will kick.
+        later with ``push()``. Signals the driver after every ``notify_every`` requests completed by returning, and
+        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are
+        left (the budget was used up), False if the ring is empty and the driver will kick.
 
-        What the handler raises goes to the caller; its request stays in flight.
+        What the handler raises goes to the caller; its request stays in flight. The handler may work on the queue.
         """
         ...
 
@@ -183,14 +269,14 @@ class DeviceQueue(Protocol):
         """
         ...
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
         """Record in ``inflight`` from now on. Before the first ``pop()``; after ``adopt()``, where that is called.
 
         What is in flight on this queue stays so. On a queue with nothing in flight, what the last backend had taken
         and not returned is taken again, into ``recovered``, and the ring goes on behind it, whatever ``base`` said.
 
         :raises RingError: the record makes no sense, or is too small for the ring
-        :raises StateError: this ring format cannot
+        :raises StateError: a recorder of the other ring format
         """
         ...
 

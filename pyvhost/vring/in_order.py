@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyvhost.errors import StateError
-from pyvhost.inflight import SplitInflight
-from pyvhost.vring.api import Chain, DeviceQueue
+from pyvhost.vring.api import Chain, DeviceQueue, Inflight
 from pyvhost.vring.packed_device import PackedDeviceQueue
 from pyvhost.vring.split_device import SplitDeviceQueue
 
@@ -70,7 +69,7 @@ class InOrder(_Base):
             del self._rooms[first]
             super().push(first, early.pop(first))
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         unsignalled = 0
 
         def serve(chain: Chain) -> None:
@@ -86,7 +85,7 @@ class InOrder(_Base):
 
         return super().drain(serve, budget, notify_every)
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
         super().track(inflight)
         for chain in self.recovered:
             self._take(chain)

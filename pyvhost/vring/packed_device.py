@@ -9,9 +9,8 @@ from struct import Struct
 
 from pyvhost.dirtylog import RingLog
 from pyvhost.errors import MemoryFault, RingError, StateError
-from pyvhost.inflight import SplitInflight
 from pyvhost.memory import GuestMemory
-from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
 from pyvhost.vring.packed import (
     DESC_F_AVAIL,
     DESC_F_INDIRECT,
@@ -28,6 +27,9 @@ from pyvhost.vring.packed import (
     unpack_base,
     valid_size,
 )
+from pyvhost.vring.packed_inflight import PackedInflight
+from pyvhost.vring.parts import check_parts
+from pyvhost.vring.tables import short_table
 
 __all__ = ["PackedDeviceQueue"]
 
@@ -36,6 +38,10 @@ _unpack_head = Struct("<QIH").unpack_from
 _unpack_entry = Struct("<QIHH").unpack_from
 _MAX_TOTAL = 1 << 32  # section 2.8.5: no chain is longer, in bytes
 _BOTH = DESC_F_AVAIL | DESC_F_USED
+# In a table: flags, above what is an id elsewhere. Only the direction counts there, and that it is no further table.
+_COUNT = (DESC_F_WRITE | DESC_F_INDIRECT) << 16
+_LIST = DESC_F_NEXT | DESC_F_INDIRECT
+_short_table = short_table(_COUNT, 0, 0, DESC_F_WRITE << 16, _COUNT, DESC_F_WRITE << 16)
 
 #: of a descriptor: addr, len, flags
 _Entry = tuple[int, int, int]
@@ -48,7 +54,7 @@ class PackedDeviceQueue:
 
     A chain of direct descriptors is no longer than the ring, ``max_descriptors`` bounds indirect tables.
 
-    :raises RingError: a size that is not 1 to 2^15, parts too small, a base outside of the ring
+    :raises RingError: a size that is not 1 to 2^15, parts too small or misaligned, a base outside of the ring
     """
 
     __slots__ = (
@@ -63,6 +69,7 @@ class PackedDeviceQueue:
         "_full",
         "_held",
         "_indirect",
+        "_kept",
         "_lengths",
         "_log",
         "_max",
@@ -74,6 +81,7 @@ class PackedDeviceQueue:
         "_signal",
         "_since",
         "_span",
+        "_tables",
         "_taken",
         "_used",
         "_used_idx",
@@ -81,6 +89,7 @@ class PackedDeviceQueue:
         "_view",
         "_wrap",
         "broken",
+        "inflight",
         "recovered",
         "size",
         "spin_us",
@@ -109,7 +118,9 @@ class PackedDeviceQueue:
         self.spin_us = spin_us
         self.broken: RingError | None = None
         self.stopped = False
+        self.inflight: PackedInflight | None = None
         self.recovered: deque[Chain] = deque()
+        self._kept: bytes | None = None  # of a stopped queue: what its part of the inflight region said
         self._log: RingLog | None = None
         self._indirect = indirect
         self._event_idx = event_idx
@@ -118,26 +129,32 @@ class PackedDeviceQueue:
         self._order = fences.order
         self._clock = fences.clock
         self._max = max(size, max_descriptors)
+        self._tables = indirect and self._max > 2  # short ones are fine
         # by id: room in the writable part, descriptors in the ring, and all that it consists of
         self._held: dict[int, tuple[int, int, Sequence[_Entry]]] = {}
         self._occupied = 0  # descriptors of all those
-        self._next, self._wrap, self._used_idx, self._used_wrap = unpack_base(base)
-        if self._next >= size or self._used_idx >= size:
-            raise RingError(f"a base of {base:#x} for a ring of {size} entries")
-        self._taken = DESC_F_AVAIL if self._wrap else DESC_F_USED  # how an available descriptor looks
+        self._go_to(base)
         self._since = 0  # descriptors given back since the driver's wish was looked at
         self._fresh = True  # no signal yet: give one for whatever comes first, as what the driver knows is unknown
         self._asking = True
         self.rebind(memory, desc, avail, used)
 
+    def _go_to(self, base: int) -> None:
+        position, self._wrap, used, self._used_wrap = unpack_base(base)
+        if position >= self.size or used >= self.size:
+            raise RingError(f"a base of {base:#x} for a ring of {self.size} entries")
+        self._next, self._used_idx = position, used
+        self._taken = DESC_F_AVAIL if self._wrap else DESC_F_USED  # how an available descriptor looks
+
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
 
-        :raises RingError: parts too small
+        :raises RingError: parts too small or misaligned
         """
         layout = PackedLayout(self.size)
-        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
-            raise RingError("a part of the ring is too small for its size")
+        check_parts(
+            ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 2)),
+        )
         self._memory = memory
         self._desc = desc[: layout.desc_bytes]
         self._flags = self._desc.cast("H")  # those of descriptor n are word 8 n + 7
@@ -153,13 +170,15 @@ class PackedDeviceQueue:
     def pop(self) -> Chain | None:
         if self.stopped or self.broken is not None:
             return None
+        if self.recovered:
+            return self.recovered.popleft()
         position = self._next
         flags = self._flags[(position << 3) + 7]
         if flags & _BOTH != self._taken:
             return None
         if self._order is not None:
             self._order()  # the chain's descriptors are not older than the flags of its first one
-        if flags & (DESC_F_NEXT | DESC_F_INDIRECT):
+        if flags & DESC_F_NEXT:
             return self._pop_list(position, flags)
         addr, length, head = _unpack_head(self._desc, position << 4)
         held = self._held
@@ -175,8 +194,10 @@ class PackedDeviceQueue:
             position = 0
             self._turn()
         self._next = position
+        if self.inflight is not None:
+            self.inflight.taken(head, ((addr, length, flags),))
         offset = addr - self._base
-        if length and 0 <= offset <= self._span - length:
+        if not flags & DESC_F_INDIRECT and length and 0 <= offset <= self._span - length:
             end = offset + length
             if flags & DESC_F_WRITE:
                 held[head] = (length, 1, ((addr, length, flags),))
@@ -234,6 +255,8 @@ class PackedDeviceQueue:
         if self._next + count >= size:
             self._turn()
         self._next = position
+        if self.inflight is not None:
+            self.inflight.taken(head, entries)
         if usual and readable_bytes + writable_bytes <= _MAX_TOTAL:
             held[head] = (writable_bytes, count, entries)
             return Chain(head, readable, writable, readable_bytes, writable_bytes)
@@ -241,6 +264,14 @@ class PackedDeviceQueue:
 
     def _chain(self, head: int, entries: list[_Entry], count: int) -> Chain | None:
         """Check and translate a request that takes ``count`` descriptors of the ring."""
+        addr, length, flags = entries[0]
+        base, span = self._base, self._span
+        if flags & _LIST == DESC_F_INDIRECT and self._tables and 0 <= addr - base <= span - length:
+            short = _short_table(head, self._view, addr - base, length, base, span)
+            if short is not None:
+                written = [(addr, length, DESC_F_WRITE) for addr, length in short.written(base)]
+                self._held[head] = (short.writable_bytes, count, written)
+                return short
         try:
             if entries[0][2] & DESC_F_INDIRECT:
                 entries = self._table(entries)
@@ -340,23 +371,28 @@ class PackedDeviceQueue:
             raise ValueError(f"{written} bytes written where there is room for {room}")
         del self._held[head]
         self._occupied -= count
+        inflight = self.inflight
         position = self._used_idx
+        flags = _BOTH if self._used_wrap else 0
         words = self._flags
         word = position << 3
-        self._lengths[(position << 2) + 2] = written & 0xFFFF_FFFF
-        words[word + 6] = head
-        flags = _BOTH if self._used_wrap else 0
-        if written:
-            flags |= DESC_F_WRITE
-        if self._order is not None:
-            self._order()  # the element, and what was written, are there before the flags say so
-        words[word + 7] = flags
         self._since += count
         position += count
         if position >= self.size:
             position -= self.size
             self._used_wrap ^= 1
         self._used_idx = position
+        self._lengths[(word >> 1) + 2] = written & 0xFFFF_FFFF
+        words[word + 6] = head
+        if inflight is not None:
+            inflight.returning(head, position | self._used_wrap << 15)
+        if written:
+            flags |= DESC_F_WRITE
+        if self._order is not None:
+            self._order()  # the element, and what was written, are there before the flags say so
+        words[word + 7] = flags
+        if inflight is not None:
+            inflight.returned(head)
         if self._log is not None:
             self._log_push(self._log, entries, word << 1)
 
@@ -368,15 +404,10 @@ class PackedDeviceQueue:
         return False
 
     def should_notify(self) -> bool:
-        return self._should_notify(False)
-
-    def _should_notify(self, fenced: bool) -> bool:
-        """``fenced``: there was a full fence since the last push."""
         since = self._since
         if self.stopped or not since:
             return False
-        if not fenced:
-            self._full()  # the flags are visible before looking whether the driver sleeps
+        self._full()  # the flags are visible before looking whether the driver sleeps
         self._since = 0
         wish = self._avail[1] & 3
         if wish == EVENT_DISABLE:
@@ -402,6 +433,8 @@ class PackedDeviceQueue:
     def enable_notifications(self) -> bool:
         if self.stopped or self.broken is not None:
             return False
+        if self.recovered:
+            return True
         self._asking = True
         if self._event_idx:
             self._used[0] = self._next | self._wrap << 15
@@ -413,24 +446,23 @@ class PackedDeviceQueue:
         self._full()  # the driver sees the wish before the ring is looked at again
         return self._look()
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         pop, push, notify = self.pop, self.push, self.notify
         self.disable_notifications()
         unsignalled = 0
-        fenced = False
         try:
             while budget > 0:
                 chain = pop()
                 if chain is None:
+                    if unsignalled:  # first of all: a driver that sleeps takes time to wake up
+                        unsignalled = 0
+                        notify()
                     if self.spin_us:
                         notify()
-                        unsignalled = 0
                         if self.wait(self.spin_us):
                             continue
-                    fenced = self.broken is None and not self.recovered
                     if not self.enable_notifications():
                         return False
-                    fenced = False
                     self.disable_notifications()
                     continue
                 budget -= 1
@@ -441,16 +473,36 @@ class PackedDeviceQueue:
                     if unsignalled >= notify_every:
                         unsignalled = 0
                         notify()
-            fenced = self.broken is None and not self.recovered
             return self.enable_notifications()
         finally:
-            if self._should_notify(fenced) and self._signal is not None:
-                self._signal()
+            self.notify()
 
     # --- what outlives this host
 
-    def track(self, inflight: SplitInflight) -> None:
-        raise StateError("this queue cannot record what is in flight")
+    def track(self, inflight: Inflight) -> None:
+        if not isinstance(inflight, PackedInflight):
+            raise StateError("a packed queue, and a recorder of split ones")
+        if self._held:
+            if self._kept is None:
+                raise RingError("requests are in flight that were not recorded")
+            requests = inflight.resume(self.size, self._kept)
+            if {r.head: len(r.descriptors) >> 4 for r in requests} != {n: held[1] for n, held in self._held.items()}:
+                raise RingError("an inflight region with other requests than are in flight")
+            self.inflight = inflight
+            return
+        found = inflight.recover(self.size, self.next_base, self._desc)
+        self.inflight = inflight
+        if found is None:
+            return
+        base, requests = found
+        self._go_to(base)
+        for request in requests:
+            count = len(request.descriptors) >> 4
+            entries = [_unpack_entry(request.descriptors, at) for at in range(0, 16 * count, 16)]
+            self._occupied += count
+            chain = self._chain(request.head, [(addr, length, flags) for addr, length, _, flags in entries], count)
+            if chain is not None:
+                self.recovered.append(chain)
 
     def log_to(self, log: RingLog | None) -> None:
         """Log what is written, from now on; None: do not."""
@@ -481,6 +533,8 @@ class PackedDeviceQueue:
             raise StateError("only a stopped queue of the same kind and size can be taken over")
         self._held, paused._held = paused._held, {}
         self._occupied, paused._occupied = paused._occupied, 0
+        self._kept, paused._kept = paused._kept, None
+        self.recovered, paused.recovered = paused.recovered, deque()
 
     @property
     def in_flight(self) -> int:
@@ -493,6 +547,9 @@ class PackedDeviceQueue:
     def stop(self) -> int:
         if not self.stopped:
             self.stopped = True
+            if self.inflight is not None:
+                self._kept = self.inflight.content()
+                self.inflight = None
             empty = memoryview(b"")
             # The ring may be unmapped from now on.
             self._desc = self._flags = self._lengths = self._avail = self._used = self._view = self._readonly = empty

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 
 from pyvhost.dirtylog import RingLog
 from pyvhost.errors import MemoryFault, ProtocolError, RingError, StateError
-from pyvhost.inflight import SplitInflight
+from pyvhost.inflight import COUNTER_MASK, LAST_HEAD, USED_IDX, SplitInflight
 from pyvhost.memory import GuestMemory
-from pyvhost.vring.api import Chain, DeviceQueue, Fences
+from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
+from pyvhost.vring.parts import check_parts
 from pyvhost.vring.split import (
     DESC,
     DESC_F_INDIRECT,
@@ -20,10 +21,20 @@ from pyvhost.vring.split import (
     SplitLayout,
     valid_size,
 )
+from pyvhost.vring.tables import short_table
 
 __all__ = ["SplitDeviceQueue"]
 
 _unpack_desc = DESC.raw.unpack_from
+# In a table: flags, and above them the next entry.
+_short_table = short_table(
+    0xFFFF_FFFF,
+    DESC_F_NEXT | 1 << 16,
+    DESC_F_NEXT | 2 << 16,
+    DESC_F_NEXT | DESC_F_WRITE | 2 << 16,
+    0xFFFF,
+    DESC_F_WRITE,
+)
 _MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
 _MASK = 0xFFFF
 
@@ -36,7 +47,7 @@ class SplitDeviceQueue:
     ``max_descriptors`` bounds one chain, indirect table included. It is more than ``size`` by default, because
     drivers do make indirect tables that are longer than the ring.
 
-    :raises RingError: a size that is no power of two up to 2^15, parts too small
+    :raises RingError: a size that is no power of two up to 2^15, parts too small or misaligned
     """
 
     __slots__ = (
@@ -48,7 +59,9 @@ class SplitDeviceQueue:
         "_fresh",
         "_full",
         "_held",
+        "_ids",
         "_indirect",
+        "_lengths",
         "_log",
         "_max",
         "_memory",
@@ -59,8 +72,8 @@ class SplitDeviceQueue:
         "_signal",
         "_signalled",
         "_span",
+        "_tables",
         "_used",
-        "_used32",
         "_used_idx",
         "_view",
         "broken",
@@ -103,6 +116,7 @@ class SplitDeviceQueue:
         self._order = fences.order
         self._clock = fences.clock
         self._max = max(size, max_descriptors)
+        self._tables = indirect and self._max > 2  # short ones are fine
         self._held = [-1] * size  # room in the writable part of each head in flight, -1: not in flight
         self._next = base & _MASK  # of the available ring: the next one to pop
         self._seen = self._next  # the driver's index when last looked at
@@ -114,16 +128,18 @@ class SplitDeviceQueue:
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """The memory table has changed: the ring's parts where they are now. What is in flight is not touched.
 
-        :raises RingError: parts too small
+        :raises RingError: parts too small or misaligned
         """
         layout = SplitLayout(self.size)
-        if len(desc) < layout.desc_bytes or len(avail) < layout.avail_bytes or len(used) < layout.used_bytes:
-            raise RingError("a part of the ring is too small for its size")
+        check_parts(
+            ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 4)),
+        )
         self._memory = memory
         self._desc = desc[: layout.desc_bytes]
         self._avail = avail[: layout.avail_bytes].cast("H")
         self._used = used[: layout.used_bytes].cast("H")
-        self._used32 = used[4 : 4 + 8 * self.size].cast("I")
+        used32 = used[4 : 4 + 8 * self.size].cast("I")
+        self._ids, self._lengths = used32[::2], used32[1::2]
         # The region that was hit last: most guests have one that matters.
         self._base = self._span = 0
         self._view = self._readonly = memoryview(b"")
@@ -180,7 +196,21 @@ class SplitDeviceQueue:
         return waiting > 0
 
     def _walk(self, head: int) -> Chain:
-        """Follow one chain; raises for whatever is wrong with it. Each descriptor is read once."""
+        """Follow one chain; raises for whatever is wrong with it.
+
+        A short table in the region that was hit last is done with at once. ``_follow()`` uses nothing of what is read
+        here, so each descriptor is still read once."""
+        addr, length, flags, _ = _unpack_desc(self._desc, head << 4)
+        base, span = self._base, self._span
+        at = addr - base
+        if flags == DESC_F_INDIRECT and self._tables and 0 <= at <= span - length:
+            chain = _short_table(head, self._view, at, length, base, span)
+            if chain is not None:
+                return chain
+        return self._follow(head)
+
+    def _follow(self, head: int) -> Chain:
+        """As ``_walk()``, whatever the chain looks like. Each descriptor is read once."""
         table: memoryview | bytes = self._desc
         entries = self.size
         index = head
@@ -271,9 +301,9 @@ class SplitDeviceQueue:
         held[head] = -1
         inflight = self.inflight
         position = self._used_idx
-        slot = (position & (self.size - 1)) << 1
-        self._used32[slot] = head
-        self._used32[slot + 1] = written
+        slot = position & (self.size - 1)
+        self._ids[slot] = head
+        self._lengths[slot] = written
         if inflight is not None:
             inflight.returning(head)
         if self._order is not None:
@@ -292,18 +322,13 @@ class SplitDeviceQueue:
         return False
 
     def should_notify(self) -> bool:
-        return self._should_notify(False)
-
-    def _should_notify(self, fenced: bool) -> bool:
-        """``fenced``: there was a full fence since the last push."""
         if self.stopped:
             return False
         used = self._used_idx
         since = self._signalled
         if since == used:
             return False
-        if not fenced:
-            self._full()  # the used index is visible before looking whether the driver sleeps
+        self._full()  # the used index is visible before looking whether the driver sleeps
         # A driver that did not want to know looks by itself before it sleeps. So the next wish is compared with what
         # comes from here on; else the distance would outgrow 16 bits.
         self._signalled = used
@@ -339,24 +364,29 @@ class SplitDeviceQueue:
         self._full()  # the driver sees the wish before its index is looked at again
         return self._look()
 
-    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 4) -> bool:
-        # ``pop()`` and ``push()`` are here once more for what is usual: calling them takes a third of the time.
-        self.disable_notifications()
-        size, mask, order = self.size, self.size - 1, self._order
-        pop, push, walk, notify = self.pop, self.push, self._walk, self.notify
-        chain: Chain | None
+    def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
+        # ``pop()``, ``push()`` and ``notify()`` are here once more for what is usual, and what they look up is kept:
+        # calling them takes twice the time.
+        size, mask, walk, order = self.size, self.size - 1, self._walk, self._order
+        inflight, log = self.inflight, self._log
+        if inflight is not None:
+            counters, marks, nexts, words = inflight.counters, inflight.marks, inflight.nexts, inflight.words
+        avail, used, ids, lengths, held = self._avail, self._used, self._ids, self._lengths, self._held
         unsignalled = 0
-        fenced = False
+        self.disable_notifications()
         try:
             while budget > 0:
                 position = self._next
-                held = self._held
-                if position == self._seen or self.broken is not None or self.stopped:
-                    chain = pop()
-                elif (head := self._avail[2 + (position & mask)]) < size and held[head] < 0:
+                chain: Chain | None
+                if position == self._seen:
+                    chain = self.pop()
+                elif (head := avail[2 + (position & mask)]) < size and held[head] < 0:
                     self._next = (position + 1) & _MASK
-                    if self.inflight is not None:
-                        self.inflight.taken(head)
+                    if inflight is not None:
+                        count = inflight._counter
+                        counters[head] = count
+                        inflight._counter = (count + 1) & COUNTER_MASK
+                        marks[head] = 1
                     try:
                         chain = walk(head)
                     except (RingError, MemoryFault) as e:
@@ -365,54 +395,60 @@ class SplitDeviceQueue:
                     else:
                         held[head] = chain.writable_bytes
                 else:
-                    chain = pop()
+                    chain = self.pop()
                 if chain is None:
-                    if self.spin_us:
-                        notify()
+                    if unsignalled:  # first of all: a driver that sleeps takes time to wake up
                         unsignalled = 0
+                        self.notify()
+                    if self.spin_us:
+                        self.notify()
                         if self.wait(self.spin_us):
                             continue
-                    fenced = self.broken is None and not self.recovered
                     if not self.enable_notifications():
                         return False
-                    fenced = False
                     self.disable_notifications()
                     continue
                 budget -= 1
                 written = handler(chain)
+                if used is not self._used:  # stopped, or moved
+                    avail, used, ids, lengths = self._avail, self._used, self._ids, self._lengths
                 if written is None:
                     continue
                 head = chain.head
-                held = self._held
-                if 0 <= written <= held[head] and self._log is None and not self.stopped:
+                if log is None and 0 <= written <= held[head] and not self.stopped:
                     held[head] = -1
                     position = self._used_idx
-                    slot = (position & mask) << 1
-                    self._used32[slot] = head
-                    self._used32[slot + 1] = written
-                    inflight = self.inflight
+                    slot = position & mask
+                    ids[slot] = head
+                    lengths[slot] = written
+                    position = (position + 1) & _MASK
                     if inflight is not None:
-                        inflight.returning(head)
-                    if order is not None:
-                        order()  # as in push()
-                    self._used_idx = self._used[1] = (position + 1) & _MASK
-                    if inflight is not None:
-                        inflight.returned(head, self._used_idx)
+                        nexts[head] = words[LAST_HEAD]
+                        words[LAST_HEAD] = head
+                        if order is not None:
+                            order()
+                        self._used_idx = used[1] = position
+                        marks[head] = 0
+                        words[USED_IDX] = position
+                    else:
+                        if order is not None:
+                            order()
+                        self._used_idx = used[1] = position
                 else:
-                    push(head, written)
+                    self.push(head, written)
                 unsignalled += 1
                 if unsignalled >= notify_every:
                     unsignalled = 0
-                    notify()
-            fenced = self.broken is None and not self.recovered
+                    self.notify()
             return self.enable_notifications()
         finally:
-            if self._should_notify(fenced) and self._signal is not None:
-                self._signal()
+            self.notify()
 
     # --- what outlives this backend, and this host
 
-    def track(self, inflight: SplitInflight) -> None:
+    def track(self, inflight: Inflight) -> None:
+        if not isinstance(inflight, SplitInflight):
+            raise StateError("a split queue, and a recorder of packed ones")
         used = self._used_idx
         mine = [head for head, room in enumerate(self._held) if room >= 0]
         if mine:
@@ -470,6 +506,7 @@ class SplitDeviceQueue:
     def _break(self, why: str) -> None:
         if self.broken is None:
             self.broken = RingError(why)
+            self._seen = self._next  # nothing is there to pop
             self.notify()
 
     def give_up(self, why: str) -> None:
@@ -495,9 +532,10 @@ class SplitDeviceQueue:
     def stop(self) -> int:
         if not self.stopped:
             self.stopped = True
+            self._seen = self._next  # nothing is there to pop
             empty = memoryview(b"")
             # The ring may be unmapped from now on.
-            self._desc = self._avail = self._used = self._used32 = self._view = self._readonly = empty
+            self._desc = self._avail = self._used = self._ids = self._lengths = self._view = self._readonly = empty
             self._base = self._span = 0
             self._memory = GuestMemory()
         return self._next

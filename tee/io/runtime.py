@@ -1,7 +1,7 @@
 """A thread that owns a :class:`~tee.driver.TeeDriver`, and a synchronous, thread-safe API to it.
 
-The owner thread runs the driver and nothing else; RPCs are served one after another on a second thread, so that a slow
-service (a TA read from a slow disk) holds neither completions nor cancels up.
+The owner thread runs the driver and nothing else; RPCs are served on others (:mod:`tee.io.lanes`), so that a slow
+service (a TA read from a slow disk) holds neither completions nor cancels up, and one that waits no other RPCs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import queue
 import select
 import threading
 import time
@@ -20,7 +19,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from tee.calls import Call, CloseContext, OpenContext, RegisterMemory, UnregisterMemory
-from tee.driver import Done, Event, RpcWithdrawn, TeeDriver, TeeInfo
+from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver, TeeInfo
+from tee.io.lanes import Lanes
+from tee.io.notifications import Notifications
 from tee.io.supplicant import Allocator, RpcServer
 from tee.memory import Memory
 from tee.params import MemRef
@@ -115,18 +116,17 @@ class TeeRuntime:
         self._contexts: set[object] = set()
         self._outstanding: set[Rpc] = set()
         self._given: dict[Rpc, RpcReply] = {}  # answered SHM_ALLOCs whose memory the TEE has
+        self._listeners: set[Notifications] = set()
         self._closed = False  # nothing can be submitted any more
         self._finished = False  # close() has begun
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._work: queue.SimpleQueue[Rpc | RpcReply | None] = queue.SimpleQueue()
         self._memory = _SupplicantMemory(self)
         self._names = next(_numbers)
         driver.attach(self._sink)
         self._owner = threading.Thread(target=self._own, name=f"tee-runtime-{self._names}", daemon=True)
-        self._worker = threading.Thread(target=self._serve, name=f"tee-supplicant-{self._names}", daemon=True)
+        self._work: Lanes[Rpc | RpcReply] = Lanes(f"tee-supplicant-{self._names}", self._serve)
         self._owner.start()
-        self._worker.start()
 
     def __enter__(self) -> TeeRuntime:
         return self
@@ -217,8 +217,21 @@ class TeeRuntime:
         self.call(UnregisterMemory(context=context, memory=memory))
         self.release(memory)
 
+    def notifications(self, *values: int) -> Notifications:
+        """What the TEE raises from now on: ``values``, or all. RuntimeError after :meth:`close`."""
+        listener = Notifications(frozenset(values), self._unlisten)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the runtime is closed")
+            self._listeners.add(listener)
+        return listener
+
+    def _unlisten(self, listener: Notifications) -> None:
+        with self._lock:
+            self._listeners.discard(listener)
+
     def close(self) -> None:
-        """End all contexts, answer all RPCs, stop both threads. Calls that have not ended then end with
+        """End all contexts, answer all RPCs, stop all threads. Calls that have not ended then end with
         COMMUNICATION.
         """
         with self._lock:
@@ -243,9 +256,7 @@ class TeeRuntime:
                 break
         with self._lock:
             self._stopping = True
-        self._work.put(None)
-        if threading.current_thread() is not self._worker:
-            self._worker.join(CLOSE_TIMEOUT)
+        self._work.close(CLOSE_TIMEOUT)
         self._post(lambda: None)
         self._owner.join(CLOSE_TIMEOUT)
         self._end_all()
@@ -268,6 +279,10 @@ class TeeRuntime:
         with self._lock:
             left = tuple(self._pending.values())
             self._pending.clear()
+            listeners = tuple(self._listeners)
+            self._listeners.clear()
+        for listener in listeners:
+            listener.end()
         for pending in left:
             pending.end(Done(pending.call, Result.COMMUNICATION, Origin.API, may_have_run=True))
 
@@ -328,7 +343,12 @@ class TeeRuntime:
                 given = self._given.pop(event.rpc, None)
             self._tell("withdrawn", event.rpc)
             if given is not None:  # it was answered, but the TEE could not take the memory
-                self._work.put(given)
+                self._work.put(RpcCommand.SHM_ALLOC, given)
+        elif isinstance(event, Notification):
+            with self._lock:
+                listeners = tuple(self._listeners)
+            for listener in listeners:
+                listener.take(event.value)
         else:
             self._asked(event)
 
@@ -352,7 +372,7 @@ class TeeRuntime:
         if refuse:
             self._answer(rpc, RpcReply(Result.COMMUNICATION))
         else:
-            self._work.put(rpc)
+            self._work.put(rpc.command, rpc)
 
     def _answer(self, rpc: Rpc, reply: RpcReply) -> bool:
         """Answer ``rpc``; False where it is no longer wanted."""
@@ -366,30 +386,29 @@ class TeeRuntime:
         self._post(lambda: self._driver.answer(rpc, reply))
         return True
 
-    # The supplicant's thread.
+    # The supplicant's threads.
 
-    def _serve(self) -> None:
+    def _serve(self, rpc: Rpc | RpcReply) -> None:
         supplicant = self._supplicant
-        while (rpc := self._work.get()) is not None:
-            if supplicant is None:
-                continue
-            if isinstance(rpc, RpcReply):
-                self._forget(supplicant, rpc)
-                continue
-            with self._lock:
-                wanted = rpc in self._outstanding
-            # Memory is freed also where the TEE has stopped waiting for that.
-            if not wanted and rpc.command != RpcCommand.SHM_FREE:
-                continue
-            try:
-                reply = supplicant.serve(rpc, self._memory)
-            except Exception:
-                _log.exception("a service of the supplicant failed")
-                reply = RpcReply(Result.GENERIC)
-            if not self._answer(rpc, reply) and rpc.command == RpcCommand.SHM_ALLOC:
-                self._forget(supplicant, reply)
-            elif rpc.command == RpcCommand.SHM_FREE:
-                self._taken_back(rpc)
+        if supplicant is None:
+            return
+        if isinstance(rpc, RpcReply):
+            self._forget(supplicant, rpc)
+            return
+        with self._lock:
+            wanted = rpc in self._outstanding
+        # Memory is freed also where the TEE has stopped waiting for that.
+        if not wanted and rpc.command != RpcCommand.SHM_FREE:
+            return
+        try:
+            reply = supplicant.serve(rpc, self._memory)
+        except Exception:
+            _log.exception("a service of the supplicant failed")
+            reply = RpcReply(Result.GENERIC)
+        if not self._answer(rpc, reply) and rpc.command == RpcCommand.SHM_ALLOC:
+            self._forget(supplicant, reply)
+        elif rpc.command == RpcCommand.SHM_FREE:
+            self._taken_back(rpc)
 
     def _taken_back(self, free: Rpc) -> None:
         """The memory of ``free`` is no longer the TEE's."""

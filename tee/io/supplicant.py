@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,7 +136,7 @@ class Supplicant:
     """The services over ``ta_folders``, which are searched in order for ``<uuid>.ta``; files in ``files``, sockets to
     destinations in ``sockets``, ``plugins`` by UUID, each only where it is given.
 
-    Not thread-safe: one thread calls :meth:`serve`.
+    Not thread-safe, but for SOCKET: one thread calls :meth:`serve` with everything else (:mod:`tee.io.lanes`).
     """
 
     def __init__(
@@ -214,10 +215,11 @@ class Supplicant:
 
 def throttled(log: Log) -> Log:
     """``log``, but so that a TEE cannot fill it."""
-    throttle = Throttle()
+    throttle, lock = Throttle(), threading.Lock()
 
     def limited(line: str) -> None:
-        more = throttle.admit()
+        with lock:
+            more = throttle.admit()
         if more is not None:
             log(line + more)
 

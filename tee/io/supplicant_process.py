@@ -36,6 +36,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tee.io.lanes import Lanes
 from tee.io.supplicant import MAX_SHARED_MEMORY, MAX_TA_SIZE, Allocator, Services, Supplicant
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
@@ -47,6 +48,9 @@ MAX_FRAME = MAX_TA_SIZE + (64 << 10)
 
 #: The largest memory of a parameter: a little less.
 MAX_CONTENT = MAX_TA_SIZE + (32 << 10)
+
+#: How long the child waits at its end for what it serves, in seconds.
+CLOSE_TIMEOUT = 1.0
 
 #: How many parameters a frame may have.
 MAX_PARAMS = 16
@@ -459,16 +463,35 @@ class ChildAllocator:
 
 
 def serve_connection(connection: socket.socket, supplicant: Supplicant) -> None:
-    """The child's loop: one request after the other, until the parent closes the stream. Raises ProtocolError."""
+    """The child's loop: serves until the parent closes the stream. Raises ProtocolError."""
     allocator = ChildAllocator()
-    while (request := receive(connection)) is not None:
+    sending = threading.Lock()
+
+    def serve(request: Frame) -> None:
         params = [_child_param(wire, allocator, request.code) for wire in request.params]
         reply = supplicant.serve(Rpc(request.code, params), allocator)
         answer = Frame(request.id, reply.code, [_child_wire(param, allocator) for param in reply.params])
-        try:
-            connection.sendall(answer.pack())
-        except OSError:
-            return
+        with sending, suppress(OSError):  # then the loop sees the end, too
+            try:
+                connection.sendall(answer.pack())
+            except ProtocolError:  # an answer that no frame can hold: the parent shall not wait for it
+                connection.shutdown(socket.SHUT_RDWR)
+
+    lanes: Lanes[Frame] = Lanes("supplicant", serve)
+    try:
+        while (request := receive(connection)) is not None:
+            if request.code != RpcCommand.SHM_FREE:  # which is about memory as such
+                _check_sizes(request)
+            lanes.put(request.code, request)
+    finally:
+        lanes.close(CLOSE_TIMEOUT)
+
+
+def _check_sizes(request: Frame) -> None:
+    """Raise ProtocolError for memory that would be too large."""
+    for wire in request.params:
+        if wire.kind >= 5 and not wire.flags & _NULL and wire.a > MAX_FRAME:
+            raise ProtocolError(f"a memory reference to {wire.a} bytes")
 
 
 def _child_param(wire: WireParam, allocator: ChildAllocator, command: int) -> Param:
@@ -481,8 +504,6 @@ def _child_param(wire: WireParam, allocator: ChildAllocator, command: int) -> Pa
         return MemRef(direction, None, 0, wire.a)
     if command == RpcCommand.SHM_FREE:
         return MemRef(direction, allocator.tokens.get(wire.b), 0, wire.a)
-    if wire.a > MAX_FRAME:
-        raise ProtocolError(f"a memory reference to {wire.a} bytes")
     content = bytearray(wire.a)
     content[: len(wire.content)] = wire.content
     return MemRef(direction, Memory.of(content), 0, wire.a)

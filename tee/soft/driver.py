@@ -23,7 +23,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Begun, Done, Event, GenCap, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
+from tee.driver import Begun, Done, Event, GenCap, Notification, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
 from tee.memory import Memory
 from tee.params import Param
 from tee.results import Origin, Result, TeeError
@@ -48,9 +48,13 @@ from tee.soft.states import (
 )
 from tee.soft.storage import Storage, Vault
 from tee.soft.ta import Environment, Parameters, TaParam, TrustedApplication, properties_of
+from tee.soft.workers import Workers
 
 #: How many calls to begin and coroutines to step in one :meth:`SoftTee.run`.
 STEPS_PER_RUN = 64
+
+#: … and for how many seconds: whoever calls it has others to look after, and a cancel may be among what waits there.
+RUN_TIME = 0.002
 
 _OPEN, _CONTEXT_OPEN = SessionState.OPEN, ContextState.OPEN
 _WELL: Outcome = (Result.SUCCESS, Origin.TRUSTED_APP)
@@ -64,7 +68,8 @@ class SoftTee:
     :param keys: public keys (PEM, or objects of ``cryptography``) of those who may sign TAs; none: no TA is loaded by
         RPC
     :param built_in: TAs that are there without being loaded
-    :param threads: how many calls can be inside TAs at once; others wait their turn
+    :param threads: how many calls can be inside TAs at once; others wait their turn, machine by machine. A machine
+        that has none inside gets a thread of its own, so that none can keep another one out
     :param max_ta_size: the largest TA package, in bytes
     :param limits: how much of everything there is
     :param longest_call: seconds that a call may take from the first time that it waits; then what it waits for is
@@ -72,6 +77,10 @@ class SoftTee:
         whole TEE
     :param storage_key: the device key under which TAs' objects are stored, at least 16 secret bytes; none: a random
         one that is thrown away, and with it all that was stored, when this TEE ends
+    :param host_tas: gives a TA package that lies on the host, or None. It is asked where the caller's supplicant has
+        none, or nobody answers for it
+    :param workers: for work that cannot be cut into steps (TAs' ``env.work``, and ``host_tas``); none: it is done at
+        once, and all else waits
     :param log: takes lines for whoever operates the TEE: panics, refused packages, what TAs log
     """
 
@@ -87,6 +96,8 @@ class SoftTee:
         limits: SoftLimits | None = None,
         longest_call: float | None = None,
         storage_key: bytes | None = None,
+        host_tas: Callable[[UUID], bytes | None] | None = None,
+        workers: Workers | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._clock = clock
@@ -94,7 +105,10 @@ class SoftTee:
         self._log = log if log is not None else _no_log
         self._limits = limits if limits is not None else SoftLimits()
         outside = Outside(self._new_use, self._end_use)
-        self._loader = Loader(keys, max_ta_size, outside)
+        self._host_tas = host_tas
+        self._workers = workers
+        self._working = 0  # pieces of work that the workers have
+        self._loader = Loader(keys, max_ta_size, outside, self._on_host)
         self._built_in = {u: Program(u, ta, ta.version) for u, ta in (built_in or {}).items()}
         self._inbox: deque[Call] = deque()
         self._outbox: deque[Event] = deque()
@@ -107,6 +121,7 @@ class SoftTee:
         self._loaded = 0  # how many of them came in packages
         self._memory = 0  # what they have declared
         self._sink: Sink | None = None
+        self._spare: Task | None = None  # of an invoke that has ended at once, for the next one
         self._scheduler = Scheduler(
             clock=clock,
             threads=threads,
@@ -156,7 +171,7 @@ class SoftTee:
     def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
         """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while anything at all is ready to run."""
         scheduler = self._scheduler
-        if type(session) is not Session or self._inbox or scheduler.ready or not scheduler.free:
+        if type(session) is not Session or self._inbox or scheduler.ready or scheduler.free <= 0:
             return None
         instance, context = session.instance, session.context
         if (
@@ -172,18 +187,17 @@ class SoftTee:
             seen, pairs, leases = admit(params, context) if params else (Parameters(), [], [])
         except (TeeError, TypeError, AttributeError):
             return None
-        task = instance.spare
+        task = self._spare
         if task is None:
             task = Task(None, context)
-            task.instance = instance
             task.entered = True
             task.state = CallState.RUNNING
         else:
-            instance.spare = None
+            self._spare = None
             task.context = context
-        task.session = session
+        task.instance, task.session = instance, session
         task.params, task.pairs = seen, pairs
-        scheduler.free -= 1
+        scheduler.take_thread(context.vm)
         instance.owner = task
         instance.env.enter(task)
         error: BaseException | None = None
@@ -200,16 +214,16 @@ class SoftTee:
         else:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
-        scheduler.pass_thread_on()
-        if instance.queue or instance.visits or outcome is not _WELL:
+        scheduler.pass_thread_on(context.vm)
+        if outcome is not _WELL:
             self._release(task, instance)
-        else:
+        else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many
             instance.owner = None
             instance.env.enter(None)
         if task.rare is None:
             task.masked = True
-            task.context = task.session = task.params = task.pairs = None
-            instance.spare = task
+            task.context = task.instance = task.session = task.params = task.pairs = None
+            self._spare = task
         return outcome
 
     def go_on(
@@ -254,7 +268,11 @@ class SoftTee:
         if sink is None:
             raise RuntimeError("attach a sink first")
         ready = scheduler.ready
+        if self._working:
+            assert self._workers is not None
+            self._workers.collect()
         scheduler.expire()
+        end: float | None = None  # the clock is not asked where there is one step to make
         for _ in range(STEPS_PER_RUN):
             if inbox:
                 self._start(inbox.popleft())
@@ -265,11 +283,15 @@ class SoftTee:
             if not inbox and not ready:
                 left = scheduler.expire()
                 return 0.0 if ready else left
+            if end is None:
+                end = self._clock() + RUN_TIME
+            elif self._clock() >= end:
+                break
         return 0.0
 
     def fileno(self) -> int | None:
-        """None: there is nothing to wait for but calls, answers and time."""
-        return None
+        """Of the workers. Without them there is nothing to wait for but calls, answers and time."""
+        return self._workers.fileno() if self._workers is not None else None
 
     def allocate(self, size: int) -> Memory:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -393,7 +415,7 @@ class SoftTee:
     # Contexts.
 
     def _open_context(self, call: OpenContext) -> None:
-        context = Context(self, str(call.vm))
+        context = Context(self, str(call.vm), call.owner)
         self._contexts.add(context)
         self._finish(call, value=context)
 
@@ -436,8 +458,10 @@ class SoftTee:
 
     def _context_closed(self, context: Context) -> None:
         self._contexts.discard(context)
-        assert context.closer is not None
-        self._finish(context.closer)
+        closer, context.closer = context.closer, None  # they refer to each other
+        context.owner = None
+        assert closer is not None
+        self._finish(closer)
 
     # Memory.
 
@@ -813,6 +837,42 @@ class SoftTee:
         instance.env.storage.end()
         for session in tuple(instance.opened.sessions):
             self._end_opened(session, context)
+
+    # What a TA asks of the TEE beside calls.
+
+    def notify(self, env: Environment, value: int) -> None:
+        """See :meth:`tee.soft.ta.Environment.notify`."""
+        context: Context = env.current().context
+        if context.state is _CONTEXT_OPEN:
+            self._outbox.append(Notification(value, context.owner))
+
+    async def work(self, env: Environment, function: Callable[[], Any]) -> Any:
+        """See :meth:`tee.soft.ta.Environment.work`."""
+        return await self._beside(env.current(), function)
+
+    async def _beside(self, task: Task, function: Callable[[], Any]) -> Any:
+        if self._workers is None:
+            return function()
+        waits = True
+
+        def ended(value: Any, error: BaseException | None) -> None:
+            self._working -= 1
+            if waits:
+                self._scheduler.wake(task, (value, error))
+
+        self._working += 1
+        self._workers.submit(function, ended)
+        try:
+            value, error = await suspend(Park())
+        finally:
+            waits = False
+        if error is not None:
+            raise error
+        return value
+
+    async def _on_host(self, task: Task, uuid: UUID) -> bytes | None:
+        host_tas = self._host_tas
+        return None if host_tas is None else await self._beside(task, lambda: host_tas(uuid))
 
     # Calls from TA to TA. They run in the task of the outer call, and so on its thread.
 

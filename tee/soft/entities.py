@@ -29,6 +29,7 @@ class Context:
 
     tee: object
     vm: str
+    owner: object = None  #: of the call that opened it
     state: ContextState = ContextState.OPEN
     tasks: set[Task] = field(default_factory=set)
     sessions: set[Session] = field(default_factory=set)
@@ -55,7 +56,6 @@ class Instance:
     visits: deque[Visit] = field(default_factory=deque)
     queue: deque[Task] = field(default_factory=deque)
     sessions: set[Session] = field(default_factory=set)
-    spare: Task | None = None  #: of an invoke that has ended at once, for the next one
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from uuid import UUID
 
 from tee import package
@@ -24,6 +24,9 @@ from tee.soft.ta import TrustedApplication
 
 __all__ = ["FREE_TIMEOUT", "Loader", "execute"]
 
+#: With these codes a supplicant has no such TA, or is none.
+_NOT_THERE = frozenset({Result.ITEM_NOT_FOUND, Result.NOT_SUPPORTED, Result.COMMUNICATION})
+
 _module_numbers = itertools.count(1)
 
 
@@ -31,25 +34,38 @@ class Loader:
     """Fetches and makes programs. ``keys`` are the public keys of those who may sign TAs, ``limit`` bytes the largest
     package.
 
-    ``outside`` asks the supplicants.
+    ``outside`` asks the supplicants, ``on_host`` the host, for what they have not.
     """
 
-    def __init__(self, keys: Sequence[bytes | package.PublicKey], limit: int, outside: Outside) -> None:
+    def __init__(
+        self,
+        keys: Sequence[bytes | package.PublicKey],
+        limit: int,
+        outside: Outside,
+        on_host: Callable[[Task, UUID], Awaitable[bytes | None]],
+    ) -> None:
         self._keys = tuple(package.load_public_key(key) for key in keys)
         self._limit = limit
         self._outside = outside
+        self._on_host = on_host
 
     async def load(self, task: Task, uuid: UUID) -> Program:
-        """The program of ``uuid``, fetched for ``task`` from its caller's supplicant.
+        """The program of ``uuid``, fetched for ``task`` from its caller's supplicant, or else from the host.
 
-        :raises TeeError: ITEM_NOT_FOUND where the supplicant has none; what it failed with; COMMUNICATION where its
+        :raises TeeError: ITEM_NOT_FOUND where neither has one; what it failed with; COMMUNICATION where its
             answers make no sense; SECURITY or BAD_FORMAT where the package is not one to be run
         """
         data = await self._fetch(task, uuid)
         return execute(package.verify(data, uuid, self._keys, limit=self._limit))
 
     async def _fetch(self, task: Task, uuid: UUID) -> bytes:
-        size = await self._load_ta(task, uuid, MemRef(Direction.OUT, None))
+        try:
+            size = await self._load_ta(task, uuid, MemRef(Direction.OUT, None))
+        except TeeError as error:
+            data = await self._on_host(task, uuid) if error.code in _NOT_THERE else None
+            if data is None:
+                raise
+            return data
         if not size:
             raise TeeError(Result.BAD_FORMAT, Origin.TEE, "the supplicant's TA is empty")
         if size > self._limit:

@@ -174,6 +174,44 @@ class Task:
         return self.forced or (self.cancelled and not self.masked)
 
 
+class _Turns:
+    """Tasks that wait for a thread: those of one machine in their order, and the machines by turns, so that none waits
+    for more than one task of each other one.
+    """
+
+    __slots__ = ("_lines",)
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[Task]] = {}
+
+    def append(self, task: Task) -> None:
+        """``task`` waits, too."""
+        self._lines.setdefault(task.context.vm, deque()).append(task)
+
+    def remove(self, task: Task) -> None:
+        """``task`` does not wait any more."""
+        self._lines[task.context.vm].remove(task)
+
+    def pop(self, machine: str) -> Task | None:
+        """The next one of ``machine``, whose next turn comes after all others'."""
+        line = self._lines.pop(machine, None)
+        while line:
+            task = line.popleft()
+            if task.state == _WAITING:
+                if line:
+                    self._lines[machine] = line
+                return task
+        return None
+
+    def pop_any(self) -> Task | None:
+        """The next one of the machine whose turn it is."""
+        while self._lines:
+            task = self.pop(next(iter(self._lines)))
+            if task is not None:
+                return task
+        return None
+
+
 class Scheduler:
     """See the module's text. ``emit_rpc`` and ``emit_withdrawn`` receive RPCs that go out and that are given up.
 
@@ -200,7 +238,9 @@ class Scheduler:
         self._longest = longest
         self._emit_rpc = emit_rpc
         self._emit_withdrawn = emit_withdrawn
-        self._waiting: deque[Task] = deque()
+        self._waiting = _Turns()
+        self._held: dict[str, int] = {}
+        """Threads that each machine's tasks have: one that has none gets one, also if no other is free."""
         self._timers: list[tuple[float, int, Task, int]] = []
         self._timer_number = 0
         self._prune_at = 256
@@ -209,12 +249,17 @@ class Scheduler:
     def submit(self, task: Task) -> None:
         """Let ``task`` run as soon as a thread is free (at once where it needs none)."""
         if task.needs_thread:
-            if not self.free:
+            if self.free <= 0 and self._held.get(task.context.vm):
                 self._waiting.append(task)
                 return
-            self.free -= 1
             task.threaded = True
+            self.take_thread(task.context.vm)
         self._fire(task, _ADMIT)
+
+    def take_thread(self, machine: str) -> None:
+        """A task of ``machine`` has a thread from here on."""
+        self.free -= 1
+        self._held[machine] = self._held.get(machine, 0) + 1
 
     def withdraw(self, task: Task) -> None:
         """Take back a task that was submitted and waits for a thread; it can be submitted again."""
@@ -404,19 +449,23 @@ class Scheduler:
     def _end(self, task: Task, outcome: tuple[Any, BaseException | None]) -> None:
         if task.threaded:
             task.threaded = False
-            self.pass_thread_on()
+            self.pass_thread_on(task.context.vm)
         task.coroutine = None
         task.ended(task, *outcome)
 
-    def pass_thread_on(self) -> None:
-        """A thread is free: the next that waits has it."""
-        while self._waiting:
-            task = self._waiting.popleft()
-            if task.state == _WAITING:
-                task.threaded = True
-                self._fire(task, _ADMIT)
-                return
+    def pass_thread_on(self, machine: str) -> None:
+        """A task of ``machine`` has a thread no more: the next that waits has it."""
         self.free += 1
+        self._held[machine] -= 1
+        if not self._held[machine]:
+            del self._held[machine]
+        task = self._waiting.pop(machine) if machine not in self._held else None
+        if task is None and self.free > 0:
+            task = self._waiting.pop_any()
+        if task is not None:
+            task.threaded = True
+            self.take_thread(task.context.vm)
+            self._fire(task, _ADMIT)
 
     def rearm(self, task: Task) -> None:
         """Make an ended task ready to be submitted again, with another ``main``: a call that is served in two steps."""

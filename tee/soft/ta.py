@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 from uuid import UUID
 
 from tee.calls import Client, Login
@@ -53,6 +53,12 @@ __all__ = [
     "Value",
     "bad_command",
 ]
+
+
+T = TypeVar("T")
+
+#: The largest value of a notification; smaller than what fits the wire, so that what waits for a guest is bounded.
+MAX_NOTIFICATION = 255
 
 
 class DataFlag(IntFlag):
@@ -235,6 +241,12 @@ class Services(Protocol):
     async def close_inner(self, env: Environment, session: Any) -> None:
         """Close the session."""
 
+    def notify(self, env: Environment, value: int) -> None:
+        """Tell the machine of the current call."""
+
+    async def work(self, env: Environment, function: Callable[[], Any]) -> Any:
+        """Run what takes long beside the TEE."""
+
 
 class TaSession:
     """A session that a TA has with another one. It ends with the instance that opened it, if not before."""
@@ -343,6 +355,22 @@ class Environment:
             where the TA is a single instance with a session already or calls this one, OUT_OF_MEMORY
         """
         return TaSession(self, self._services, await self._services.open_inner(self, uuid, params))
+
+    def notify(self, value: int) -> None:
+        """Send the asynchronous notification ``value`` (0 to 255) to the machine whose client made the current call.
+        Nobody answers, and nothing waits; raised again before that machine has seen it, it comes once. BAD_PARAMETERS
+        for other values. While a session closes on behalf of a client that has gone, it goes to nobody.
+        """
+        if not 0 <= value <= MAX_NOTIFICATION:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, f"a notification has the value 0 to {MAX_NOTIFICATION}")
+        self._services.notify(self, value)
+
+    async def work(self, function: Callable[[], T]) -> T:
+        """Run ``function``, which cannot be cut into steps, beside the TEE, and wait for what it returns or raises. It
+        runs on another thread: it must use nothing but what it was given. Where the TEE has no other threads, it runs
+        at once, and all else waits. Raises CANCEL as :meth:`checkpoint` does; the function then goes on in vain.
+        """
+        return await self._services.work(self, function)  # type: ignore[no-any-return]
 
     def allocate(self, size: int) -> bytearray:
         """``size`` bytes, zeroed, of the ``data_size`` that the TA has declared; OUT_OF_MEMORY beyond it. What Python

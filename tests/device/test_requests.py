@@ -151,6 +151,7 @@ class TestEachRequest:
         assert parse(data, room + 1000, REQUESTS[kind].queue).params == request.params
 
     @requirement("DEV-REQ-6")
+    @pytest.mark.fault("cut-request")
     def test_every_length(self, kind: Request) -> None:
         data, room, _ = sample(kind)
         queue = REQUESTS[kind].queue
@@ -184,6 +185,7 @@ class TestEachRequest:
             assert status_of(data, room, queue, EVERY & ~REQUESTS[kind].feature) is Status.UNSUPPORTED
 
     @requirement("DEV-PAR-1", "DEV-MEM-3", "DEV-REQ-5")
+    @pytest.mark.fault("cut-request")
     def test_counts(self, kind: Request) -> None:
         request = REQUESTS[kind]
         if request.body.tail is Tail.NONE:
@@ -274,6 +276,7 @@ class TestParams:
 
     @requirement("DEV-PAR-2", "DEV-INL-1")
     @given(st.lists(st.tuples(WORDS | st.integers(0, 0x20000), WORDS, WORDS, WORDS), max_size=4), st.booleans())
+    @pytest.mark.fault("impossible-attributes")
     def test_checks(self, raw: list[Any], inline: bool) -> None:
         def good(one: tuple[int, int, int, int]) -> bool:
             attr, a, _, c = one

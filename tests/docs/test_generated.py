@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,36 @@ def test_nothing_is_required_outside_of_a_requirement() -> None:
 def test_requirements_that_the_text_refers_to_exist() -> None:
     ids = {requirement.id for requirement in REQUIREMENTS}
     assert set(re.findall(r"\b(?:DEV|DRV)-[A-Z]+-\d+\b", SPECIFICATION)) <= ids
+
+
+SHOWN = generate.shown_requirements()
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.id)
+def test_a_requirement_has_a_test_or_a_reason(requirement: Any) -> None:
+    assert requirement.id in SHOWN or generate.reason(requirement.id)
+
+
+def test_reasons_are_few_and_for_what_has_no_test() -> None:
+    assert set(generate.REASONS) <= {requirement.id for requirement in REQUIREMENTS} - set(SHOWN)
+    assert len(generate.REASONS) < 6
+
+
+def test_features_have_the_requirements_that_the_specification_says() -> None:
+    """Those of "Conformance", of both sides."""
+    conformance = PROSE.partition("## Conformance")[2].partition("## Versions")[0]
+    said = dict(re.findall(r"DEV-([A-Z]{3}) to ([A-Z_]+)\b", " ".join(conformance.split())))
+    groups = {group: feature.name for group, feature in generate.OF_FEATURES.items() if "-" not in group}
+    assert groups | {"INL": "INLINE", "RPC": "RPC"} == said
+    assert set(said.values()) == set(wire.Feature.__members__)
+
+
+@pytest.mark.requirement("DEV-VHU-2")
+def test_the_documentation_says_what_a_pause_is() -> None:
+    section = (ROOT / "docs/operation.md").read_text(encoding="utf-8").partition("## Pauses, snapshots")[2]
+    said = " ".join(section.partition("\n## ")[0].split())
+    assert "stops the device's rings, not the TEE" in said
+    assert "writes to memory that the guest has shared for them while the guest is paused" in said
 
 
 # -- completeness
@@ -251,6 +282,21 @@ def test_a_test_of_an_unknown_requirement_is_an_error(elsewhere: Path, capsys: p
     )
     assert generate.main(["--check"]) == 1
     assert "DEV-XYZ-9" in capsys.readouterr().err
+
+
+def test_a_requirement_without_test_and_reason_is_an_error(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (elsewhere / "docs/specification.md").open("a", encoding="utf-8") as file:
+        file.write("\n- **[DEV-MEM-3]** It MUST be shown.\n- **[DRV-ENC-1]** It MUST wait.\n")
+    assert generate.main([]) == 1
+    assert capsys.readouterr().err.endswith("no reason why: DEV-MEM-3\n")
+    monkeypatch.setitem(generate.REASONS, "DEV-MEM-3", "Nobody can see it.")
+    assert generate.main([]) == 0
+    requirements = (elsewhere / "docs/requirements.md").read_text(encoding="utf-8")
+    assert "| It MUST be shown. | *Nobody can see it.* |" in requirements
+    assert "| It MUST wait. | *This driver does not accept ENCLAVES.* |" in requirements
+    assert "5 requirements: 3 with a test, 2 with a reason why not." in requirements
 
 
 def test_it_runs_as_a_program() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, RpcWithdrawn, TeeInfo
+from tee.driver import Done, Notification, RpcWithdrawn, TeeInfo
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -50,11 +51,13 @@ class Ring:
         self.finished: list[tuple[Any, int]] = []
         self.error: Exception | None = None
         self.awake = False
+        self.added: Callable[[Any], None] = lambda token: None
 
     def add(self, readable: Sequence[Any], writable: Sequence[Any], token: Any) -> None:
         if not self.free_slots:
             raise QueueFull("full")
         self.given.append((list(readable), list(writable), token))
+        self.added(token)
 
     def kick_needed(self) -> bool:
         return True
@@ -92,7 +95,19 @@ class Device:
         self.arena = Arena(memoryview(self.data), [Range(BASE, len(self.data))])
         self.allocate, self.release = self.arena.allocate, self.arena.release
         self.changed = self.gone = self.closed = False
-        self.events: list[Done | Rpc | RpcWithdrawn] = []
+        self.events: list[Done | Rpc | RpcWithdrawn | Notification] = []
+        self.as_added: dict[Any, bytes] = {}
+        for index, ring in enumerate(self.queues):
+            ring.added = lambda token, index=index: self.as_added.update({token: self.request_bytes(index)})  # type: ignore[misc]
+
+    def request_bytes(self, index: int, at: int = -1) -> bytes:
+        return self.bytes_of(self.queues[index].given[at][0])
+
+    def check_untouched(self) -> None:
+        """What the device has to read is as it was when it was made available."""
+        for index, ring in enumerate(self.queues):
+            for at, (_, _, token) in enumerate(ring.given):
+                assert self.request_bytes(index, at) == self.as_added[token]
 
     def start(self) -> VirtioTeeDriver:
         self.driver = VirtioTeeDriver(self)
@@ -130,6 +145,7 @@ class Device:
         return REQUEST_HEADER.unpack(data), data
 
     def finish(self, data: bytes, index: int = Queue.REQUEST, at: int = 0, written: int | None = None) -> None:
+        assert self.request_bytes(index, at) == self.as_added[self.queues[index].given[at][2]]
         _, writable, token = self.queues[index].given.pop(at)
         left = data
         for address, length in writable:
@@ -159,7 +175,7 @@ class Device:
     def withdraw(self, rpc: int) -> None:
         self.send_event(Event.RPC_WITHDRAWN, EVENTS[Event.RPC_WITHDRAWN].codec.pack(rpc=rpc))
 
-    def take(self) -> list[Done | Rpc | RpcWithdrawn]:
+    def take(self) -> list[Done | Rpc | RpcWithdrawn | Notification]:
         seen, self.events[:] = list(self.events), []
         return seen
 
@@ -171,8 +187,11 @@ class Device:
     # -- honest life
 
     def open_context(self) -> object:
+        return self.open_context_with(5)
+
+    def open_context_with(self, ident: int) -> object:
         self.driver.start(OpenContext())
-        self.ok(word(5))
+        self.ok(word(ident))
         self.run()
         done = self.done()
         assert done.code == 0
@@ -304,7 +323,37 @@ class TestResponses:
         assert device.done().code == Result.COMMUNICATION
         assert device.dead()
 
-    @requirement("DRV-REQ-7")
+    @requirement("DRV-REQ-6")
+    @pytest.mark.parametrize("status", [*list(Status)[1:], 99])
+    def test_nothing_but_the_header_of_a_refusal_counts(self, device: Device, session: object, status: int) -> None:
+        room = bytearray(8)
+        params: list[Param] = [MemRef(OUT, Memory.of(room), 0, 8), Value(OUT)]
+        before = [repr(p) for p in params]
+        device.driver.start(Invoke(session=session, func=1, params=params))
+        raw = unpack_raw(device.request()[1], 48, 2)
+        rest = word(2) + pack_raw([raw[0], (raw[1][0], 1, 2, 3)]) + b"anything"
+        device.finish(RESPONSE_HEADER.pack(status, 0, Result.BUSY, 2) + rest)
+        device.driver.start(OpenContext())
+        device.finish(RESPONSE_HEADER.pack(status, 0, Result.BUSY, 2) + word(77))
+        device.run()
+        for done in device.take():
+            assert isinstance(done, Done)
+            assert (done.code, done.value) == (Result.BUSY, None)
+        assert [repr(p) for p in params] == before
+        assert not any(room)
+
+    @requirement("DRV-REQ-6")
+    def test_nothing_beyond_the_used_length_counts(self, device: Device, session: object) -> None:
+        room = bytearray(8)
+        device.driver.start(Invoke(session=session, func=1, params=[MemRef(OUT, Memory.of(room), 0, 8)]))
+        raw = unpack_raw(device.request()[1], 48, 1)
+        device.finish(RESPONSE_HEADER.pack(0, 0, 0, 3) + word(1) + pack_raw(raw) + b"anything", written=16 + 8 + 32)
+        device.run()
+        assert device.done().code == Result.COMMUNICATION
+        assert not any(room)
+        assert device.dead()
+
+    @requirement("DRV-REQ-6", "DRV-REQ-7")
     @pytest.mark.parametrize("status", [*list(Status)[1:], 99, 0xFFFFFFFF])
     def test_refusals(self, device: Device, status: int) -> None:
         device.driver.start(OpenContext())
@@ -382,6 +431,7 @@ class TestResponses:
         assert (param.size, any(room)) == (1 << 40, False)
 
     @requirement("DRV-QUE-4")
+    @pytest.mark.fault("hostile-device")
     def test_a_broken_ring(self, device: Device, session: object) -> None:
         call = Invoke(session=session, func=1)
         device.driver.start(call)
@@ -445,6 +495,20 @@ class TestEvents:
         device.run()
         assert device.dead()
 
+    @pytest.mark.fault("hostile-device")
+    def test_notifications(self) -> None:
+        """Taken where the feature was negotiated; a short one ends the use of the device."""
+        device = Device()
+        device.features = int(Feature.INLINE | Feature.RPC | Feature.NOTIFICATION)
+        device.start()
+        device.send_event(Event.NOTIFICATION, word((1 << 32) - 1))
+        device.send_event(Event.NOTIFICATION, word(1), epoch=7)
+        device.run()
+        assert device.take() == [Notification((1 << 32) - 1)]
+        device.send_event(Event.NOTIFICATION, b"\1")
+        device.run()
+        assert device.dead()
+
     @requirement("DRV-RPC-7")
     def test_withdrawals_are_acknowledged(self, device: Device) -> None:
         device.send_rpc(1)
@@ -495,6 +559,84 @@ class TestRpcs:
         assert rpc.call is call
         device.driver.answer(rpc, RpcReply(0, [MemRef(INOUT, memory, 0, 100)]))
         return call, rpc
+
+    def replies(self, device: Device) -> list[tuple[int, int, list[RawParam]]]:
+        """RPC, result and parameters of the answers that the device has not returned."""
+        seen = []
+        for at in range(len(device.queues[Queue.CONTROL].given)):
+            header, data = device.request(Queue.CONTROL, at)
+            assert header.type == Request.RPC_REPLY
+            body = REQUESTS[Request.RPC_REPLY].body.codec.unpack(data, 32)
+            assert len(data) == 48 + 32 * body.num_params
+            seen.append((body.rpc, body.ret, unpack_raw(data, 48, body.num_params)))
+        return seen
+
+    @requirement("DRV-RPC-1")
+    @pytest.mark.parametrize("code", [0, Result.ITEM_NOT_FOUND, Result.COMMUNICATION])
+    def test_each_is_answered_once(self, device: Device, code: int) -> None:
+        for rpc in (1, 2):
+            device.send_rpc(rpc)
+        device.run()
+        rpcs = device.take()
+        for rpc in reversed(rpcs):
+            assert isinstance(rpc, Rpc)
+            device.driver.answer(rpc, RpcReply(code))
+            device.driver.answer(rpc, RpcReply(Result.BUSY))
+        assert self.replies(device) == [(2, code, []), (1, code, [])]
+
+    @requirement("DRV-RPC-5")
+    def test_those_that_are_the_drivers(self) -> None:
+        device = Device()
+        device.driver = VirtioTeeDriver(device, now=lambda: 1_700_000_000_000_000_007)
+        device.driver.attach(device.events.append)
+        for command, params, answer in (
+            (RpcCommand.GET_TIME, [(2, 5, 5, 5)], (0, [(2, 1_700_000_000, 7, 0)])),
+            (RpcCommand.GET_TIME, [(1, 0, 0, 0)], (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.GET_TIME, [], (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.SUSPEND, [(1, 10, 0, 0)], (Result.NOT_SUPPORTED, [])),
+            (RpcCommand.NOTIFICATION, [(1, 0, 1, 0)], (Result.NOT_SUPPORTED, [])),
+        ):
+            device.send_rpc(9, command, params)
+            device.run()
+            assert device.take() == []  # whoever serves the others does not see it
+            assert self.replies(device) == [(9, *answer)]
+            device.ok(index=Queue.CONTROL)
+            device.run()
+
+    @requirement("DRV-RPC-3", "DRV-RPC-6")
+    @pytest.mark.parametrize(
+        ("command", "params", "code", "sent"),
+        [
+            (RpcCommand.FS, [Value(IN, 1, 2, 3), Value(OUT, 7)], 0, (0, [(1, 1, 2, 3), (2, 7, 0, 0)])),
+            (RpcCommand.FS, [Value(IN), Value(OUT, 7)], Result.SHORT_BUFFER, (Result.SHORT_BUFFER, None)),
+            (RpcCommand.FS, [], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [], Result.SHORT_BUFFER, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [Value(IN), Value(INOUT)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [Value(IN), Value(OUT), Value(OUT)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [Value(OUT), Value(IN)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [Value(IN), Value(OUT, meta=True)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.FS, [], Result.BUSY, (Result.BUSY, [])),
+            (RpcCommand.FS, [Value(OUT)], Result.BUSY, (Result.BUSY, [])),
+            (RpcCommand.SHM_FREE, [], 0, (0, [])),
+            (RpcCommand.SHM_FREE, [Value(IN), Value(OUT)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.SHM_ALLOC, [], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.SHM_ALLOC, [Value(IN), Value(OUT)], 0, (Result.BAD_PARAMETERS, [])),
+            (RpcCommand.SHM_ALLOC, [MemRef(INOUT, None), MemRef(INOUT, None)], 0, (Result.BAD_PARAMETERS, [])),
+            # not registered
+            (RpcCommand.SHM_ALLOC, [MemRef(INOUT, Memory.of(bytearray(9)))], 0, (Result.BAD_PARAMETERS, [])),
+        ],
+    )
+    def test_answers_have_the_questions_form(
+        self, device: Device, command: int, params: list[Param], code: int, sent: tuple[int, list[RawParam] | None]
+    ) -> None:
+        device.send_rpc(1, command, [(1, 0, 0, 0), (2, 0, 0, 0)])
+        device.run()
+        rpc = device.take()[0]
+        assert isinstance(rpc, Rpc)
+        device.driver.answer(rpc, RpcReply(code, params))
+        ((ident, ret, raw),) = self.replies(device)
+        assert (ident, ret) == (1, sent[0])
+        assert sent[1] is None or raw == sent[1]
 
     @requirement("DRV-RPC-4")
     def test_an_answer_that_is_not_taken(self, device: Device, context: object, session: object) -> None:
@@ -577,6 +719,82 @@ class TestFlowControl:
             device.run()
             assert len(device.queues[Queue.REQUEST].given) == left
         assert [e.call for e in device.take() if isinstance(e, Done)] == calls
+
+    @requirement("DRV-CFG-2")
+    def test_what_is_open_and_registered(self) -> None:
+        """Nothing is sent that would exceed a limit, also by what is under way."""
+        device = Device(replace(LIMITS, max_contexts=2, max_sessions=2, max_regions=2, max_region_bytes=10_000))
+        device.start()
+        ring = device.queues[Queue.REQUEST]
+
+        def full(call: Call) -> bool:
+            before = len(ring.given)
+            device.driver.start(call)
+            device.run()
+            done = device.done()
+            assert (done.call, done.code) == (call, Result.OUT_OF_MEMORY)
+            return len(ring.given) == before
+
+        context = device.open_context()
+        device.driver.start(OpenContext())
+        assert full(OpenContext())
+        device.ok(word(6))
+        device.run()
+        other = device.done().value
+        assert full(OpenContext())
+        session = device.open_session(context)
+        device.driver.start(OpenSession(context=context, uuid=UUID(int=1)))
+        assert full(OpenSession(context=other, uuid=UUID(int=1)))
+        device.ok(bytes(8), ret=Result.BUSY)
+        device.driver.start(CloseSession(session=session))
+        device.ok()
+        device.run()
+        device.take()
+        for _ in range(2):
+            device.open_session(other)
+        assert full(OpenSession(context=context, uuid=UUID(int=1)))
+        memory = device.register(context)
+        large = device.driver.allocate(8192)
+        assert full(RegisterMemory(context=context, memory=large))
+        device.register(other, 10)
+        assert full(RegisterMemory(context=context, memory=device.driver.allocate(1)))
+        device.driver.start(UnregisterMemory(context=context, memory=memory))
+        device.ok()
+        device.driver.start(CloseContext(context=other))
+        device.ok()
+        device.run()
+        assert [done.code for done in device.take() if isinstance(done, Done)] == [0, 0]
+        device.driver.start(RegisterMemory(context=context, memory=large))
+        device.ok(word(11))
+        device.run()
+        assert device.done().code == 0
+        assert device.open_session(device.open_context())
+
+    @requirement("DRV-CFG-2")
+    def test_what_one_request_may_hold(self) -> None:
+        device = Device(replace(LIMITS, max_params=4, max_inline_bytes=64, max_region_ranges=2))
+        device.start()
+        context = device.open_context()
+        session = device.open_session(context)
+        pieces = Memory((memoryview(bytearray(3)),), ranges=[Range(BASE + n, 1) for n in range(3)])
+        for call, code in (
+            (Invoke(session=session, func=1, params=[Value(IN)] * 5), Result.BAD_PARAMETERS),
+            (Invoke(session=session, func=1, params=[MemRef(IN, Memory.of(bytearray(65)), 0, 65)]), None),
+            (Invoke(session=session, func=1, params=[MemRef(OUT, Memory.of(bytearray(33)), 0, 33)] * 2), None),
+            (RegisterMemory(context=context, memory=pieces), None),
+        ):
+            device.driver.start(call)
+            device.run()
+            assert device.done().code == (code or Result.OUT_OF_MEMORY)
+            assert not device.queues[Queue.REQUEST].given
+
+    @requirement("DRV-CFG-2")
+    def test_limit_is_no_surprise(self, device: Device) -> None:
+        device.driver.start(OpenContext())
+        device.finish(RESPONSE_HEADER.pack(Status.LIMIT, 0, Result.OUT_OF_MEMORY, 2))
+        device.run()
+        assert device.done().code == Result.OUT_OF_MEMORY
+        assert device.open_context()
 
     def test_calls_that_wait(self) -> None:
         device = Device(replace(LIMITS, max_calls=1))
@@ -672,8 +890,9 @@ class TestMistakesOfClients:
 
 
 class TestEpochs:
-    @requirement("DRV-EPO-1", "DRV-INI-2")
+    @requirement("DRV-EPO-1", "DRV-INI-2", "DRV-REQ-4")
     @pytest.mark.parametrize("how", ["event", "config", "stale"])
+    @pytest.mark.fault("backend-restart")
     def test_all_is_gone(self, device: Device, context: object, session: object, how: str) -> None:
         memory = device.register(context)
         call = Invoke(session=session, func=1)
@@ -702,6 +921,36 @@ class TestEpochs:
         device.run()
         assert device.done().code == Result.TARGET_DEAD
         assert device.open_context() is not None
+
+    @requirement("DRV-REQ-5", "DRV-EPO-2")
+    def test_requests_of_the_old_epoch_stay_as_they_are(self, device: Device, session: object) -> None:
+        """The device has not returned them: it may read them yet."""
+        for number in range(4):
+            device.driver.start(Invoke(session=session, func=number))
+        device.config = replace(device.config, epoch=0xE2)
+        device.changed = True
+        device.run()
+        for _ in range(4):
+            device.driver.start(OpenContext())
+        device.run()
+        assert [device.request(at=n)[0].epoch for n in range(8)] == [0xE1] * 4 + [0xE2] * 4
+        device.check_untouched()
+
+    @requirement("DRV-REQ-8")
+    def test_what_may_have_run_is_not_repeated(self, device: Device, session: object) -> None:
+        call = Invoke(session=session, func=1)
+        device.driver.start(call)
+        device.finish(RESPONSE_HEADER.pack(Status.ABANDONED, 1, Result.COMMUNICATION, 2))
+        device.run()
+        done = device.done()
+        assert (done.call, done.code, done.may_have_run) == (call, Result.COMMUNICATION, True)
+        device.config = replace(device.config, epoch=0xE2)
+        device.changed = True
+        for _ in range(3):
+            device.run()
+        assert not device.queues[Queue.REQUEST].given
+        assert device.open_context() is not None
+        assert not device.queues[Queue.REQUEST].given
 
     def test_a_device_that_becomes_another_one(self, device: Device) -> None:
         device.config = replace(device.config, epoch=0xE2, limits=replace(LIMITS, event_buffer_size=60_000))
@@ -739,11 +988,135 @@ class TestEpochs:
         device.driver.cancel(OpenContext())
 
 
+class TestReserved:
+    """Memory that the device may use is not used for anything else, whenever its user gives it up."""
+
+    def reserved(self, device: Device, memory: Memory) -> bool:
+        """What is released is given out again."""
+        got = []
+        with contextlib.suppress(MemoryError):
+            while True:
+                got.append(device.driver.allocate(4096))
+        ranges = [piece for one in got for piece in one.ranges]
+        for one in got:
+            device.driver.release(one)
+        (mine,) = memory.ranges
+        return not any(piece.address == mine.address for piece in ranges)
+
+    @requirement("DRV-MEM-1")
+    @pytest.mark.parametrize("end", [UnregisterMemory, CloseContext])
+    def test_until_its_registration_has_ended(self, device: Device, context: object, end: type[Any]) -> None:
+        """Its client has died: nobody waits for the registration's end."""
+        memory = device.register(context)
+        device.driver.release(memory)
+        assert self.reserved(device, memory)
+        device.driver.start(end(context=context, **({"memory": memory} if end is UnregisterMemory else {})))
+        device.run()
+        assert self.reserved(device, memory)
+        device.ok()
+        device.run()
+        assert not self.reserved(device, memory)
+
+    @requirement("DRV-MEM-1")
+    @pytest.mark.parametrize("status", [Status.OK, Status.LIMIT])
+    def test_while_it_is_being_registered(self, device: Device, context: object, status: Status) -> None:
+        memory = device.driver.allocate(4096)
+        device.driver.start(RegisterMemory(context=context, memory=memory))
+        device.driver.release(memory)
+        assert self.reserved(device, memory)
+        device.finish(RESPONSE_HEADER.pack(status, 0, 0, 2) + (b"" if status else word(9)))
+        device.run()
+        assert self.reserved(device, memory) is (status == Status.OK)
+
+    @requirement("DRV-CTX-2", "DRV-MEM-1")
+    def test_an_unregister_that_its_context_ends(self, device: Device, context: object) -> None:
+        """It says CANCEL: the call that uses the memory may go on until CLOSE_CONTEXT is returned."""
+        memory = device.register(context)
+        device.driver.start(UnregisterMemory(context=context, memory=memory))
+        device.driver.start(CloseContext(context=context))
+        device.driver.release(memory)
+        device.ok(ret=Result.CANCEL)
+        device.run()
+        assert self.reserved(device, memory)
+        device.ok()
+        device.run()
+        assert not self.reserved(device, memory)
+
+    @requirement("DRV-CTX-2")
+    def test_only_the_closed_contexts(self, device: Device, context: object) -> None:
+        other = device.open_context_with(6)
+        memories = [device.register(context, 9), device.register(other, 10)]
+        device.driver.start(CloseContext(context=other))
+        for memory in memories:
+            device.driver.release(memory)
+        assert [self.reserved(device, memory) for memory in memories] == [True, True]
+        device.ok()
+        device.run()
+        assert [self.reserved(device, memory) for memory in memories] == [True, False]
+
+    @requirement("DRV-EPO-2")
+    @pytest.mark.parametrize("losses", [1, 2])
+    def test_until_the_old_epochs_requests_were_returned(self, device: Device, session: object, losses: int) -> None:
+        context = session.context  # type: ignore[attr-defined]
+        memory = device.register(context)
+        early = device.driver.allocate(4096)
+        calls = [
+            Invoke(session=session, func=1, params=[MemRef(INOUT, memory, 0, 8)]),
+            RegisterMemory(context=context, memory=early),
+        ]
+        for call in calls:
+            device.driver.start(call)
+        for loss in range(losses):
+            device.config = replace(device.config, epoch=0xE2 + loss)
+            device.changed = True
+            device.run()
+        assert {e.call for e in device.take() if isinstance(e, Done)} == set(calls)
+        for one in (memory, early):
+            device.driver.release(one)
+        for left in (2, 1):
+            assert len(device.queues[Queue.REQUEST].given) == left
+            assert self.reserved(device, memory)
+            assert self.reserved(device, early)
+            fresh = device.driver.allocate(4096)  # the new epoch's memory is none of it
+            device.driver.release(fresh)
+            assert not self.reserved(device, fresh)
+            device.finish(RESPONSE_HEADER.pack(Status.ABANDONED, 1, 0, 2))
+            device.run()
+        assert not self.reserved(device, memory)
+        assert not self.reserved(device, early)
+
+    @requirement("DRV-EPO-2")
+    def test_a_device_that_never_returns_them(self, device: Device, session: object) -> None:
+        memory = device.register(session.context)  # type: ignore[attr-defined]
+        device.driver.start(Invoke(session=session, func=1, params=[MemRef(INOUT, memory, 0, 8)]))
+        device.gone = True
+        device.run()
+        device.driver.release(memory)
+        assert self.reserved(device, memory)
+        assert device.dead()
+
+    @requirement("DRV-MEM-1")
+    def test_no_more_is_shared_than_was_asked_for(self, device: Device, context: object) -> None:
+        """A device may look at all of its bytes: none of them holds what another client left there."""
+        left = device.driver.allocate(8192)
+        left.write(0, b"secret.." * 1024)
+        device.driver.release(left)
+        memory = device.driver.allocate(5000)
+        device.driver.start(RegisterMemory(context=context, memory=memory))
+        _, data = device.request()
+        body = REQUESTS[Request.REGISTER_MEMORY].body.codec.unpack(data, 32)
+        ranges = [int.from_bytes(data[at : at + 8], "little") for at in range(48, len(data), 8)]
+        assert body.size == sum(ranges[1::2]) == 5000
+        assert not any(device.bytes_of(list(zip(ranges[::2], ranges[1::2], strict=True))))
+
+
 class Gone:
     gone = True
 
 
+@requirement("DRV-REQ-5")
 @pytest.mark.parametrize("seed", range(150))
+@pytest.mark.fault("hostile-device")
 def test_a_device_of_random_answers(seed: int) -> None:
     """Each call ends, nothing is raised, nothing outside the driver's own memory is written."""
     dice = random.Random(seed)
@@ -786,6 +1159,7 @@ def test_a_device_of_random_answers(seed: int) -> None:
                 answer = dice.randbytes(dice.randrange(room + 1))
             device.finish(answer[:room], index, at)
         driver.run()
+        device.check_untouched()
         for event in device.take():
             if isinstance(event, Done):
                 ended.append(event.call)

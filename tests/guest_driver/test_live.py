@@ -90,6 +90,7 @@ def test_without_features(tmp_path: Path) -> None:
         assert Feature(driver._transport.features & 0xFF) == Feature(0)
 
 
+@pytest.mark.fault("guest-dies")
 def test_a_guest_that_leaves_in_mid_call(tmp_path: Path) -> None:
     """``live`` sees to it that nothing of it stays."""
     with live(tmp_path) as device:
@@ -107,6 +108,32 @@ def test_a_guest_that_leaves_in_mid_call(tmp_path: Path) -> None:
             done = pending.wait(10)
             assert (done.code, done.may_have_run) == (Result.COMMUNICATION, True)
             runtime.close()
+
+
+@pytest.mark.requirement("DRV-CTX-1")
+@pytest.mark.parametrize("how", ["ends", "fails", "forgets"])
+def test_a_context_for_each_client(tmp_path: Path, how: str) -> None:
+    """Neither reaches what is the other's, and each context is closed, however its client goes."""
+    with live(tmp_path) as device:
+        driver = device.driver()
+        runtime = TeeRuntime(driver)
+        one, other = Context(runtime), Context(runtime)
+        sessions = [client.open_session(PROBE) for client in (one, other)]
+        assert device.tee.usage()["contexts"] == 2
+        with one.allocate(100) as shared, pytest.raises(TeeError) as caught:
+            sessions[1].invoke(3, shared.whole(Direction.INOUT))
+        assert caught.value.code == Result.BAD_PARAMETERS
+        if how == "ends":
+            one.close()
+        elif how == "fails":
+            with pytest.raises(ZeroDivisionError), one:
+                raise ZeroDivisionError
+        if how != "forgets":
+            assert device.tee.usage()["contexts"] == 1
+            assert sessions[1].invoke(1, ValueIn(2), ValueOut(), ValueInOut(4, 5))[1] == (0, 0, 2)
+        runtime.close()
+        assert device.tee.usage()["contexts"] == 0  # while the device goes on
+        driver.close()
 
 
 def test_it_leaks_no_descriptor(tmp_path: Path) -> None:
@@ -128,6 +155,7 @@ def test_it_leaks_no_descriptor(tmp_path: Path) -> None:
 
 @pytest.mark.feature("Guest driver: a backend that dies in mid-call ends all calls, nothing hangs")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.fault("backend-restart")
 def test_a_backend_that_dies_in_mid_call(tmp_path: Path, how: int) -> None:
     path = tmp_path / "s"
     (tmp_path / "key.pem").write_bytes(KEYS.public)

@@ -29,7 +29,7 @@ from tee.soft.ta import TrustedApplication
 PROBE = examples.UUIDS["probe"]
 RAM = 0x10000
 RAM_SIZE = 1 << 20
-ALL = Feature.INLINE | Feature.RPC
+ALL = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
 INLINE = 0x10000
 
 
@@ -172,6 +172,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.woken: dict[int, None] = {}
         self.config_changes = 0
+        self.disabled: set[int] = set()
         self.closed: list[str] = []
 
     def config_changed(self) -> bool:
@@ -183,6 +184,9 @@ class FakeLink:
 
     def wake(self, index: int) -> None:
         self.woken[index] = None
+
+    def enabled(self, index: int) -> bool:
+        return index not in self.disabled
 
     def post(self, call: Callable[[], object]) -> None:
         call()
@@ -305,6 +309,7 @@ class Guest:
         self.link = FakeLink()
         self.sent: list[Sent] = []
         self.withdrawn: list[int] = []
+        self.notified: list[int] = []
         self.device.link = self.link
         self.device.connected(self.link)
         self.start(buffers)
@@ -361,7 +366,9 @@ class Guest:
         self.link.woken.clear()
         for index in woken:
             queue = self.device.queues[index]
-            if queue is not None and not queue.stopped and self.device.process(index):
+            if queue is None or queue.stopped or not self.link.enabled(index):
+                continue
+            if self.device.process(index):
                 self.link.wake(index)
         return bool(woken)
 
@@ -491,7 +498,7 @@ class Guest:
         self.link.wake(Queue.EVENT)
 
     def events(self, post: bool = True) -> list[RpcSeen]:
-        """The RPCs that came since the last look; withdrawals are put into ``withdrawn``."""
+        """The RPCs that came since the last look; the rest goes into ``withdrawn`` and ``notified``."""
         queue = self.ring(Queue.EVENT)
         seen: list[RpcSeen] = []
         returned, queue.returned = queue.returned, []
@@ -505,6 +512,9 @@ class Guest:
             body = EVENTS[header.type].codec.unpack(data, EVENT_HEADER.size)
             if header.type == Event.RPC_WITHDRAWN:
                 self.withdrawn.append(body.rpc)
+                continue
+            if header.type == Event.NOTIFICATION:
+                self.notified.append(body.value)
                 continue
             assert header.type == Event.RPC
             at = EVENT_HEADER.size + EVENTS[Event.RPC].codec.size

@@ -55,6 +55,7 @@ def taken(guest: Guest) -> None:
     """Taken from the ring, started on the TEE, which has not run since."""
     context = guest.open_context()
     epoch, slot = guest.device.epoch, guest.ring(Queue.REQUEST)
+    before = len(epoch.calls)
     for sent in (
         guest.send(Request.OPEN_CONTEXT, flags=0, run=False),
         guest.register(context, (RAM, 64), run=False),
@@ -64,7 +65,7 @@ def taken(guest: Guest) -> None:
         assert chain is not None
         guest.device._take(Queue.REQUEST, Queue.REQUEST, chain)
         assert not sent.done
-    assert len(epoch.calls) == 3
+    assert len(epoch.calls) == before + 3
 
 
 def rpc_queued(guest: Guest) -> None:
@@ -109,6 +110,7 @@ STATES = [running, unregistering, not_begun, taken, rpc_queued, rpc_sent, rpc_wi
 @requirement("DEV-EPO-1", "DEV-EPO-3", "DEV-EPO-4", "DEV-VHU-3", "DEV-VHU-4", "DEV-INI-1")
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("how", ["reset", "disconnect", "pause, reset"])
+@pytest.mark.fault("guest-dies", "stale-ids")
 def test_the_end_of_an_epoch(bench: Bench, guest: Guest, state: Callable[[Guest], None], how: str) -> None:
     other = bench.guest()
     theirs = other.open_context()
@@ -159,6 +161,7 @@ class Stubborn:
 
 
 @requirement("DEV-EPO-4", "DEV-INI-1", "DEV-VHU-5")
+@pytest.mark.fault("guest-dies")
 def test_the_next_start_waits_for_the_tee(bench: Bench, guest: Guest) -> None:
     tee = Stubborn(bench)
     running(guest)
@@ -183,6 +186,7 @@ def test_the_next_start_waits_for_the_tee(bench: Bench, guest: Guest) -> None:
 
 class TestPause:
     @requirement("DEV-VHU-3")
+    @pytest.mark.fault("pause-in-call")
     def test_results_are_kept(self, bench: Bench, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -213,6 +217,7 @@ class TestPause:
         assert call.ret == 0
         assert guest.cancel(context, call.tag).status == Status.NOT_FOUND
 
+    @pytest.mark.fault("pause-in-call")
     def test_rpcs_and_their_answers(self, bench: Bench, guest: Guest) -> None:
         context = guest.open_context()
         guest.pause()
@@ -242,6 +247,7 @@ class TestPause:
 
 
 @requirement("DEV-EPO-6")
+@pytest.mark.fault("tee-lost")
 def test_a_tee_that_was_lost() -> None:
     bench = Bench()
     guest = bench.guest()
@@ -253,8 +259,27 @@ def test_a_tee_that_was_lost() -> None:
     response = call.response
     assert (response.status, response.flags, response.ret) == (Status.ABANDONED, 1, Result.COMMUNICATION)
     assert call.written == 16
+    assert guest.open_session(context)  # the guest's state is kept
 
 
+@requirement("DEV-EPO-1", "DEV-CFG-3")
+def test_numbers_of_epochs() -> None:
+    """Neither 0 nor the last one's, whatever the dice say."""
+    bench = Bench()
+    dice = iter([0, 0, 5, 5, 0, 5, 7, 5])
+    guest = Guest(bench, "dice", lambda: next(dice))
+    bench.guests.append(guest)
+    seen = [guest.epoch]
+    for _ in range(2):
+        guest.reset()
+        seen.append(guest.epoch)
+        guest.start()
+    assert seen == [5, 7, 5]
+    guest.device._new_epoch = lambda: 9
+    guest.end()
+
+
+@pytest.mark.fault("internal-error")
 def test_an_error_of_ours_ends_one_guest(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     guest, other = bench.guest(), bench.guest()

@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from device.config import Limits
 from device.messages import REQUESTS
+from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, ParamType, Queue, Request, Status
-from tee.results import Result
+from tee.results import Origin, Result
 from tee.rpc import RpcCommand
 from tee.soft.ta import UUID
 from tests.host_backend.bench import INLINE, RAM, Bench, Guest, RpcSeen, Sent
@@ -211,6 +212,7 @@ def finish(bench: Bench, guest: Guest, sent: list[Sent]) -> None:
         if response.status:
             assert one.written == 16
             assert Status(response.status) not in (Status.OK, Status.ABANDONED)
+            assert (response.ret, response.origin) == (STATUS_RESULT[Status(response.status)], Origin.COMMS)
             assert response.flags == 0
         assert bytes(one.writable[one.written :]) == b"\xee" * (one.room - one.written)  # type: ignore[operator]
     guest.end()
@@ -225,6 +227,7 @@ def finish(bench: Bench, guest: Guest, sent: list[Sent]) -> None:
         max_size=8,
     )
 )
+@pytest.mark.fault("random-bytes")
 def test_random_bytes(requests: list[tuple[int, bytes, int]]) -> None:
     bench, guest = stage()
     sent = [guest.offer(*request) for request in requests]
@@ -264,6 +267,7 @@ INTERESTING = [0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 
 
 @pytest.mark.requirement("DEV-REQ-3", "DEV-REQ-4", "DEV-REQ-5", "DEV-REQ-6")
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.fault("random-bytes")
 def test_mutated_requests(seed: int) -> None:
     dice = random.Random(seed)
     bench, guest = stage()

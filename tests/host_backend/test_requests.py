@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from device.config import Config, Limits
 from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
-from tee.calls import Client, Login
-from tee.driver import GenCap, TeeInfo
+from pyvhost.vring.api import Chain
+from tee.calls import Call, Client, CloseContext, Invoke, Login, UnregisterMemory
+from tee.driver import Done, GenCap, TeeInfo
+from tee.params import Nothing, Param, Value
 from tee.results import Origin, Result
+from tee.rpc import RpcCommand
 from tee.soft import examples
-from tee.soft.ta import UUID, Parameters, TrustedApplication
+from tee.soft.ta import UUID, Direction, Parameters, TrustedApplication
 from tests.host_backend.bench import ALL, INLINE, PROBE, RAM, RAM_SIZE, Bench, Guest, Sent
 
 requirement = pytest.mark.requirement
@@ -44,12 +51,13 @@ class TestConfig:
 
     @requirement("DEV-FEA-2")
     def test_it_offers_what_it_serves(self, guest: Guest) -> None:
-        assert guest.device.features == int(Feature.INLINE | Feature.RPC)
+        assert guest.device.features == int(Feature.INLINE | Feature.RPC | Feature.NOTIFICATION)
 
 
 class TestFraming:
     @requirement("DEV-QUE-7")
     @pytest.mark.parametrize("room", [0, 15])
+    @pytest.mark.fault("cut-request")
     def test_no_room_for_a_header(self, guest: Guest, room: int) -> None:
         for queue in (Queue.CONTROL, Queue.REQUEST):
             sent = guest.offer(queue, bytes(48), room)
@@ -58,6 +66,7 @@ class TestFraming:
             assert bytes(sent.writable) == b"\xee" * room
 
     @requirement("DEV-REQ-6")
+    @pytest.mark.fault("cut-request")
     def test_order_of_checks(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_request_bytes=300_000, max_inline_bytes=1000))
         context = guest.open_context()
@@ -131,6 +140,169 @@ class TestFraming:
         assert sent.ret != 0
         assert sent.response.rest == bytes(8)
 
+    @requirement("DEV-QUE-6")
+    def test_a_request_that_changes_while_it_is_served(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The guest writes other numbers over it as soon as it was read; what was read counts, each byte once."""
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        seen: list[Chain] = []
+        read = Chain.read
+
+        def once(chain: Chain, *where: int) -> bytes:
+            assert chain not in seen
+            assert not where
+            seen.append(chain)
+            data = read(chain)
+            chain.readable[:] = [memoryview(b"\xff" * len(data))]
+            return data
+
+        monkeypatch.setattr(Chain, "read", once)
+        value, memory = (V_IN, 0xFF, 0, 0), (INOUT, 0, 4, region)
+        guest.memory.translate(RAM, 4)[0][:] = b"\0\1\2\3"
+        assert guest.invoke(context, session, 2, memory, value).params(2) == [memory, value]
+        assert bytes(guest.memory.translate(RAM, 4)[0]) == b"\xff\xfe\xfd\xfc"
+        inline = [(INOUT | INLINE, 0, 8, 0), (V_INOUT, 1000, 0, 0)]
+        late = guest.invoke(context, session, 8, *inline, inline=b"\7" * 8, inline_out=8)  # looks at it a second later
+        guest.bench.pass_time(2)
+        assert late.params(2) == [inline[0], (V_INOUT, 7, 7, 0)]
+        assert guest.register(context, (RAM, 4), (RAM + 8, 4)).ret == 0
+        assert guest.cancel(context, 4711).status == Status.NOT_FOUND
+        assert len(seen) == 4
+
+
+class Hoarder(TrustedApplication):
+    """Keeps the memory of a call, and writes to it in the next one if it can."""
+
+    uuid = UUID(int=78)
+    kept: list[Any] = []  # noqa: RUF012
+    tried = 0
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        for memory in Hoarder.kept:
+            Hoarder.tried += 1
+            try:
+                memory.write(b"late")
+            except Exception:  # the TEE sees to it, too
+                continue
+        memory = params.memory(0, Direction.INOUT)
+        Hoarder.kept.append(memory)
+        memory.write(b"in time")
+
+
+class Deaf(TrustedApplication):
+    """Takes a second, whatever anybody asks."""
+
+    uuid = UUID(int=79)
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        await self.env.sleep(1)
+
+
+class Reader(TrustedApplication):
+    """Keeps what it was given."""
+
+    uuid = UUID(int=80)
+    seen: list[Any] = []  # noqa: RUF012
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        for param in params:
+            Reader.seen.append(param.read() if hasattr(param, "read") else param)
+
+
+class Careless:
+    """Between device and TEE: says at once that a registration or context has ended, whoever uses it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.start, self.ended = bench, bench.tee.start, list[Call]()
+        bench.tee.start = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, call: Call) -> None:
+        if not isinstance(call, CloseContext | UnregisterMemory):
+            self.start(call)
+            return
+        self.ended.append(replace(call, owner=None))
+        self.bench.router._on_event(Done(call))
+
+    def clean_up(self) -> None:
+        """Let the TEE really end it all."""
+        self.bench.tee.start = self.start  # type: ignore[method-assign]
+        for call in self.ended:
+            self.start(call)
+        self.bench.turn()
+
+
+def borrow(guest: Guest) -> tuple[int, int, int]:
+    """An RPC of another context's call uses memory of this one: context, region, RPC."""
+    context = guest.open_context()
+    guest.open(guest.open_context(), UUID(int=0xBAD))
+    seen = guest.event(RpcCommand.LOAD_TA)
+    guest.reply(seen.rpc, 0, [seen.params[0], (OUT, 0, 100, NULL_REGION)])
+    region = guest.region(context)
+    guest.reply(guest.event(RpcCommand.SHM_ALLOC).rpc, 0, [(INOUT, 0, 100, region)])
+    return context, region, guest.event(RpcCommand.LOAD_TA).rpc
+
+
+class TestCarelessTee:
+    """What the device sees to even if the TEE does not."""
+
+    @requirement("DEV-CTX-4", "DEV-MEM-10")
+    def test_a_context_with_memory_in_use(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context, _, rpc = borrow(guest)
+        closed = guest.close_context(context)
+        assert not closed.done
+        guest.reply(rpc, Result.ITEM_NOT_FOUND)
+        assert closed.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-MEM-9", "DEV-MEM-10")
+    def test_memory_that_answered_shm_alloc(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context, region, rpc = borrow(guest)
+        waits = guest.unregister(context, region)
+        assert not waits.done
+        guest.reply(rpc, Result.ITEM_NOT_FOUND)
+        assert waits.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-MEM-9")
+    def test_memory_of_a_call(self, bench: Bench, guest: Guest) -> None:
+        careless = Careless(bench)
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        guest.invoke(context, session, 8, (INOUT, 0, 8, region), (V_INOUT, 1000, 0, 0))
+        waits = guest.unregister(context, region)
+        assert not waits.done
+        bench.pass_time(2)
+        assert waits.ret == 0
+        careless.clean_up()
+
+    @requirement("DEV-CTX-2")
+    def test_requests_of_a_context_that_closes(
+        self, bench: Bench, guest: Guest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The TEE takes its time."""
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        start, kept = bench.tee.start, list[Call]()
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        closed = guest.close_context(context)
+        for sent in (
+            guest.open(context),
+            guest.invoke(context, session, 0),
+            guest.register(context, (RAM, 8)),
+            guest.unregister(context, region),
+            guest.send(Request.CLOSE_SESSION, context=context, session=session),
+            guest.cancel(context, closed.tag),
+            guest.close_context(context),
+        ):
+            assert refused(sent, Status.NO_CONTEXT)
+        monkeypatch.setattr(bench.tee, "start", start)
+        start(kept.pop())
+        bench.turn()
+        assert closed.ret == 0
+        assert not kept
+
 
 class TestContexts:
     @requirement("DEV-IDS-1", "DEV-CTX-1", "DEV-LIM-1", "DEV-REQ-7")
@@ -147,6 +319,7 @@ class TestContexts:
         assert refused(guest.send(Request.OPEN_CONTEXT, flags=1), Status.MALFORMED)
 
     @requirement("DEV-CTX-2")
+    @pytest.mark.fault("stale-ids")
     def test_a_closed_one(self, guest: Guest) -> None:
         context = guest.open_context()
         guest.close_context(context, run=False)
@@ -175,7 +348,7 @@ class TestContexts:
         assert guest.invoke(other, kept, 0, (IN, 0, 4, kept_region)).ret == 0
         assert guest.bench.tee.usage()["contexts"] == 1
 
-    @requirement("DEV-CTX-4")
+    @requirement("DEV-CTX-4", "DEV-MEM-9")
     def test_what_waits_to_unregister_ends_first(self, guest: Guest) -> None:
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)
@@ -185,10 +358,12 @@ class TestContexts:
         closed = guest.close_context(context)
         assert (call.ret, closed.ret) == (Result.CANCEL, 0)
         assert waits.ret == Result.CANCEL
-        assert guest.ring(Queue.REQUEST).returned[-1] is closed
+        # until its call was returned, the memory is in use
+        assert guest.ring(Queue.REQUEST).returned[-3:] == [call, waits, closed]
         assert guest.leases == 0
 
     @requirement("DEV-IDS-2", "DEV-IDS-3")
+    @pytest.mark.fault("foreign-ids")
     def test_ids_of_others(self, bench: Bench) -> None:
         one, two = bench.guest(), bench.guest()
         contexts = [one.open_context(), one.open_context()]
@@ -262,6 +437,21 @@ class TestSessions:
         assert ring.returned.index(closed) > max(ring.returned.index(sent) for sent in calls)
         assert refused(guest.send(Request.CLOSE_SESSION, context=context, session=session), Status.NO_SESSION)
 
+    @requirement("DEV-SES-6", "DEV-SES-5")
+    def test_while_it_closes(self) -> None:
+        bench = Bench(built_in={Deaf.uuid: Deaf})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Deaf.uuid)
+        call = guest.invoke(context, session, 0)
+        closed = guest.send(Request.CLOSE_SESSION, context=context, session=session)
+        assert not closed.done
+        assert refused(guest.invoke(context, session, 0), Status.NO_SESSION)
+        assert refused(guest.send(Request.CLOSE_SESSION, context=context, session=session), Status.NO_SESSION)
+        bench.pass_time(2)
+        assert (call.ret, closed.ret) == (0, 0)
+
+    @pytest.mark.fault("dead-ta")
     def test_a_dead_ta(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -285,7 +475,40 @@ class TestInvoke:
         sent = guest.invoke(context, session, 7, (V_OUT, 9, 9, 9), (0, 1, 2, 3), (V_IN, 0, 0, 0))
         assert sent.params(3) == [(V_OUT, 2, 2, 0), (0, 1, 2, 3), (V_IN, 0, 0, 0)]
 
+    @requirement("DEV-PAR-5", "DEV-PAR-6")
+    def test_what_the_tee_is_given(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[Param] = []
+        start = guest.bench.tee.start
+
+        def watch(call: Call) -> None:
+            if isinstance(call, Invoke):
+                given.extend(replace(param) for param in call.params)
+            start(call)
+
+        monkeypatch.setattr(guest.bench.tee, "start", watch)
+        epoch = guest.device.epoch
+        at_once = epoch._at_once
+        if at_once is not None:
+
+            def watch_at_once(session: object, func: int, params: Sequence[Param]) -> Any:
+                given.extend(replace(param) for param in params)
+                return at_once(session, func, params)
+
+            monkeypatch.setattr(epoch, "_at_once", watch_at_once)
+        context = guest.open_context()
+        session = guest.open_session(context)
+        params = [(V_IN, WORD, 5, 6), (0, 1, 2, 3), (V_OUT, 7, 8, 9), (V_INOUT, 1, WORD, 4), (0, 0, 0, 0)]
+        assert guest.invoke(context, session, 0, *params).ret == 0
+        assert given == [
+            Value(Direction.IN, WORD, 5, 6),
+            Nothing(),
+            Value(Direction.OUT, 0, 0, 0),
+            Value(Direction.INOUT, 1, WORD, 4),
+            Nothing(),
+        ]
+
     @requirement("DEV-PAR-9")
+    @pytest.mark.fault("impossible-attributes")
     def test_meta(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -299,6 +522,7 @@ class TestInvoke:
         assert sent.params(4) == [given[0], (V_OUT, 0, 0, 0), *given[2:]]
 
     @requirement("DEV-PAR-1", "DEV-PAR-2")
+    @pytest.mark.fault("impossible-attributes")
     def test_impossible_parameters(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -309,6 +533,7 @@ class TestInvoke:
         assert refused(guest.invoke(context, session, 0, (IN, 1, 0, NULL_REGION)), Status.MALFORMED)
 
     @requirement("DEV-PAR-3", "DEV-PAR-4", "DEV-MEM-4")
+    @pytest.mark.fault("huge-sizes")
     def test_references(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -361,6 +586,36 @@ class TestInvoke:
         assert (sent.ret, sent.params(2)[0][2], sent.inline(2)) == (Result.SHORT_BUFFER, 21, bytes(24))
         assert guest.invoke(context, session, 0, (INOUT | INLINE, 0, 0, 0)).ret == 0
 
+    @requirement("DEV-INL-3", "DEV-INL-4")
+    def test_inline_in_its_order(self) -> None:
+        bench = Bench(built_in={Reader.uuid: Reader})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Reader.uuid)
+        Reader.seen = []
+        params = [(kind | INLINE, 0, size, 0) for kind, size in ((IN, 5), (OUT, 3), (INOUT, 9), (IN, 0), (IN, 1))]
+        data = b"first\xff\xff\xff" + b"the third\xff\xff\xff\xff\xff\xff\xff" + b"x\xff\xff\xff\xff\xff\xff\xff"
+        sent = guest.invoke(context, session, 0, *params, inline=data, inline_out=8 + 16)
+        assert sent.ret == 0
+        assert Reader.seen[0::2] == [b"first", b"the third", b"x"]
+        assert sent.inline(5) == bytes(8) + b"the third" + bytes(7)
+
+    @requirement("DEV-INL-5")
+    def test_inline_after_the_end(self) -> None:
+        bench = Bench(built_in={Hoarder.uuid: Hoarder})
+        guest = bench.guest()
+        context = guest.open_context()
+        session = guest.open_session(context, Hoarder.uuid)
+        Hoarder.kept, Hoarder.tried = [], 0
+        for _ in range(2):
+            sent = guest.invoke(context, session, 0, (INOUT | INLINE, 0, 8, 0), inline=b"12345678", inline_out=8)
+            assert sent.inline(1) == b"in time8"
+            sent.writable[:] = sent.data = b"\xaa" * sent.room  # it is the driver's again
+        assert Hoarder.tried == 1
+        guest.close_context(context)
+        for sent in guest.sent[2:4]:
+            assert bytes(sent.writable) == sent.data
+
     @requirement("DEV-INL-2", "DEV-REQ-5")
     def test_inline_limits(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_inline_bytes=64))
@@ -375,6 +630,7 @@ class TestInvoke:
         assert refused(guest.invoke(context, session, 0, (OUT | INLINE, 0, 8, 0)), Status.MALFORMED)
 
     @requirement("DEV-INV-2", "DEV-INV-3", "DEV-LIM-1")
+    @pytest.mark.fault("quota")
     def test_max_calls(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_calls=2))
         context = guest.open_context()
@@ -390,6 +646,26 @@ class TestInvoke:
         assert guest.invoke(context, sessions[1], 0, run=False)
         guest.close_context(context)
 
+    @requirement("DEV-LIM-2", "DEV-INV-3")
+    def test_at_all_limits(self, bench: Bench) -> None:
+        """What ends or releases something, and the control queue, is served."""
+        guest = bench.guest(limits=Limits(max_calls=1, max_contexts=1, max_sessions=1, max_regions=1, max_rpcs=1))
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        call = guest.wait(context, session)
+        assert refused(guest.invoke(context, session, 0), Status.LIMIT)
+        assert guest.cancel(context, 4711).status == Status.NOT_FOUND
+        assert guest.reply(4711).status == guest.ack(4711).status == Status.NOT_FOUND
+        assert guest.unregister(context, region).ret == 0
+        assert guest.send(Request.CLOSE_SESSION, context=context, session=session).ret == 0
+        assert call.ret == Result.CANCEL
+        call = guest.wait(context, guest.open_session(context))
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        call = guest.wait(context, session + 1)
+        assert guest.close_context(context).ret == 0
+        assert call.ret == Result.CANCEL
+
     def test_duplicate_tag(self, guest: Guest) -> None:
         context = guest.open_context()
         session = guest.open_session(context)
@@ -400,6 +676,61 @@ class TestInvoke:
         guest.cancel(context, 500)
         assert call.ret == Result.CANCEL
         assert guest.invoke(context, session, 0, tag=500).ret == 0
+
+
+class TestTurns:
+    """However much one guest asks, another one is served."""
+
+    @requirement("DEV-INV-4", "DEV-LIM-1")
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_calls_that_hold_all_threads(self, threads: int) -> None:
+        bench = Bench(threads=threads)
+        greedy, other, third = bench.guest(), bench.guest(), bench.guest()
+        context = greedy.open_context()
+        sessions = [greedy.open_session(context) for _ in range(threads + 5)]
+        calls = [greedy.wait(context, session) for session in sessions]
+        for guest in (other, third):
+            theirs = guest.open_context()
+            session = guest.open_session(theirs)
+            for _ in range(3):
+                assert guest.invoke(theirs, session, 0).ret == 0
+        assert not any(call.done for call in calls)
+        greedy.close_context(context)
+        assert [call.ret for call in calls] == [Result.CANCEL] * len(calls)
+
+    @requirement("DEV-INV-4")
+    @pytest.mark.parametrize("threads", [1, 4])
+    def test_calls_that_wait_for_a_thread(self, threads: int) -> None:
+        """By turns, and not in the order in which they came."""
+        bench = Bench(threads=threads)
+        calls = []
+        for guest, count in ((bench.guest(), 40), (bench.guest(), 4), (bench.guest(), 4)):
+            context = guest.open_context()
+            sessions = [guest.open_session(context) for _ in range(count)]
+            calls.append([guest.wait(context, session, 1000) for session in sessions])
+        for _ in range(4):
+            bench.pass_time(1.1)
+        assert all(call.done for few in calls[1:] for call in few)
+        assert sum(call.done for call in calls[0]) <= 4 * threads
+        for _ in range(40):
+            bench.pass_time(1.1)
+        assert [call.ret for call in calls[0]] == [0] * 40
+
+    @requirement("DEV-INV-4")
+    def test_a_ring_that_never_becomes_empty(self, bench: Bench) -> None:
+        greedy, other = bench.guest(), bench.guest()
+        context, theirs = greedy.open_context(), other.open_context()
+        sessions = greedy.open_session(context), other.open_session(theirs)
+        many = [greedy.invoke(context, sessions[0], 0, run=False) for _ in range(250)]
+        one = other.invoke(theirs, sessions[1], 0, run=False)
+        for _ in range(2):  # a turn of the loop for the greedy one, and one for the other
+            greedy.look()
+            other.look()
+            bench.router.run()
+        assert one.ret == 0
+        assert not many[-1].done
+        bench.turn()
+        assert many[-1].ret == 0
 
 
 class TestCancel:
@@ -415,8 +746,11 @@ class TestCancel:
         assert call.ret == Result.CANCEL
         assert refused(guest.cancel(context, call.tag), Status.NOT_FOUND)
 
-    @requirement("DEV-CAN-5")
-    def test_twice_what_does_not_end(self, guest: Guest) -> None:
+    @requirement("DEV-CAN-3", "DEV-CAN-5")
+    def test_twice_what_does_not_end(self, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+        cancelled: list[Call] = []
+        cancel = guest.bench.tee.cancel
+        monkeypatch.setattr(guest.bench.tee, "cancel", lambda call: (cancelled.append(call), cancel(call)))
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)
         call = guest.invoke(context, session, 8, (INOUT, 0, 8, region), (V_INOUT, 10**9, 0, 0))
@@ -424,8 +758,40 @@ class TestCancel:
         for _ in range(2):  # is no call: goes on as if nothing had been asked
             assert guest.cancel(context, waits.tag).ret == 0
             assert not waits.done
+        assert cancelled == []
         guest.cancel(context, call.tag)
+        assert [type(one) for one in cancelled] == [Invoke]
         assert (call.ret, waits.ret) == (Result.CANCEL, 0)
+
+    @requirement("DEV-QUE-4", "DEV-RPC-14")
+    def test_the_control_queue_waits_for_nobody(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither for the TEE, nor for a request queue, nor for an event buffer."""
+        guest = bench.guest(buffers=3)
+        context = guest.open_context()
+        session = guest.open_session(context)
+        call = guest.wait(context, session)
+        guest.open(context, UUID(int=1))
+        (first,) = guest.events(post=False)
+        guest.cancel(context, guest.open(context, UUID(int=2)).tag)
+        guest.events(post=False)
+        (withdrawn,) = guest.withdrawn
+        guest.open(context, UUID(int=3))  # its RPC waits for a buffer
+        tee = bench.tee
+        for name in ("start", "cancel", "answer", "run"):
+            monkeypatch.setattr(tee, name, lambda *_: None)
+        guest.ring(Queue.REQUEST).stop()
+        sent = [
+            guest.cancel(context, call.tag, run=False),
+            guest.cancel(context, 4711, run=False),
+            guest.reply(first.rpc, Result.ITEM_NOT_FOUND, run=False),
+            guest.ack(withdrawn, run=False),
+        ]
+        assert not guest.device.process(Queue.CONTROL)
+        assert [one.status for one in sent] == [Status.OK, Status.NOT_FOUND, Status.OK, Status.OK]
+        assert not call.done
+        monkeypatch.undo()
+        guest.disconnect()
+        bench.turn()
 
     @requirement("DEV-CAN-2")
     def test_unknown_and_foreign(self, guest: Guest) -> None:
@@ -438,7 +804,21 @@ class TestCancel:
         assert not call.done
         guest.close_context(context)
 
+    @requirement("DEV-CAN-3")
+    def test_what_has_not_begun_does_not_run(self, bench: Bench) -> None:
+        guest = bench.guest(queues=2)
+        guest.device.epoch._at_once = None  # there it would have ended before it is cancelled
+        context = guest.open_context()
+        session, region = guest.open_session(context), guest.region(context)
+        params = [(INOUT, 0, 4096, region), (V_IN, 0xFF, 0, 0)]
+        call = guest.invoke(context, session, 2, *params, queue=3, run=False)
+        guest.link.woken.clear()
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        assert not any(guest.memory.translate(RAM, 4096)[0])
+
     @requirement("DEV-CAN-1")
+    @pytest.mark.fault("cancel-storm")
     def test_it_overtakes_its_request(self, bench: Bench) -> None:
         guest = bench.guest(queues=2)
         context = guest.open_context()
@@ -448,9 +828,34 @@ class TestCancel:
         assert guest.cancel(context, call.tag).ret == 0
         assert call.ret == Result.CANCEL
 
+    def test_it_waits_for_no_burst_of_requests_behind_long_work(self) -> None:
+        class Slow(TrustedApplication):
+            uuid = UUID(int=900)
+
+            async def invoke(self, session: None, command: int, params: Parameters) -> None:
+                self.env.unmask_cancellation()
+                while command:
+                    bench.clock.now += 0.001
+                    await self.env.checkpoint()
+
+        bench = Bench(built_in={Slow.uuid: Slow})
+        guest, other = bench.guest(), bench.guest()
+        context, others = guest.open_context(), other.open_context()
+        session, idle = guest.open_session(context, Slow.uuid), other.open_session(others, Slow.uuid)
+        call = guest.invoke(context, session, 1, run=False)
+        burst = [other.invoke(others, idle, 0, run=False) for _ in range(50)]
+        before = bench.clock.now
+        guest.look()
+        other.look()
+        assert bench.clock.now - before < 0.01
+        assert guest.cancel(context, call.tag).ret == 0
+        assert call.ret == Result.CANCEL
+        assert all(sent.ret == 0 for sent in burst)
+
 
 class TestMemory:
     @requirement("DEV-MEM-1", "DEV-MEM-2")
+    @pytest.mark.fault("huge-sizes")
     def test_bad_ranges(self, guest: Guest) -> None:
         context = guest.open_context()
         assert refused(guest.register(context), Status.MALFORMED)
@@ -492,6 +897,7 @@ class TestMemory:
         assert guest.unregister(context, two).ret == 0
 
     @requirement("DEV-MEM-8", "DEV-MEM-9")
+    @pytest.mark.fault("stale-ids")
     def test_unregister_while_in_use(self, guest: Guest) -> None:
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)
@@ -507,6 +913,7 @@ class TestMemory:
         assert refused(guest.unregister(context, region), Status.NO_REGION)
 
     @requirement("DEV-MEM-7")
+    @pytest.mark.fault("memory-removed")
     def test_memory_that_was_unplugged(self, guest: Guest) -> None:
         context = guest.open_context()
         session, region = guest.open_session(context), guest.region(context)

@@ -10,9 +10,12 @@ import pytest
 from device.config import Limits
 from device.params import RawParam
 from device.requests import STATUS_RESULT
-from device.wire import NULL_REGION, Feature, ParamType, RegionFlag, Request, Status
+from device.wire import NULL_REGION, RPC_OCALL, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
+from host_backend.rpcs import MAX_PAUSE
 from tee import package
+from tee.calls import Call
+from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import RpcCommand, RpcReply
@@ -47,11 +50,24 @@ class Asker(TrustedApplication):
             raise TeeError(reply.code)
 
 
+class Borrower(TrustedApplication):
+    """Asks for memory, and has it for a second: command 1 frees it then, and goes on for another one."""
+
+    uuid = UUID(int=0xB0)
+
+    async def invoke(self, session: None, command: int, params: Parameters) -> None:
+        reply = await self.env.rpc(RpcCommand.SHM_ALLOC, [Value(Direction.IN, 0, 100, 8)])
+        await self.env.sleep(1)
+        if command:
+            await self.env.rpc(RpcCommand.SHM_FREE, [Value(Direction.IN), *reply.params])
+            await self.env.sleep(1)
+
+
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     Asker.ask, Asker.unmasked = [Value(Direction.IN, 1, 2, 3), Value(Direction.INOUT, 4, 5, 6)], True
     Asker.answers.clear()
-    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker})
+    bench = Bench(built_in={**examples.built_in("probe"), Asker.uuid: Asker, Borrower.uuid: Borrower})
     yield bench
     for guest in bench.guests:
         guest.end()
@@ -100,6 +116,7 @@ class TestAnswers:
         assert call.ret == Result.ITEM_NOT_FOUND
 
     @requirement("DEV-RPC-13")
+    @pytest.mark.fault("late-answer")
     def test_late_double_unknown(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -111,6 +128,7 @@ class TestAnswers:
         assert len(Asker.answers) == 1
 
     @requirement("DEV-RPC-13", "DEV-IDS-2")
+    @pytest.mark.fault("late-answer")
     def test_another_guests(self, bench: Bench, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -122,6 +140,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "answer", [[], QUESTION[:1], [*QUESTION, (0, 0, 0, 0)], QUESTION[::-1], [(V_OUT, 0, 0, 0), QUESTION[1]]]
     )
+    @pytest.mark.fault("wrong-answer")
     def test_malformed(self, guest: Guest, context: int, session: int, answer: list[RawParam]) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -151,6 +170,7 @@ class TestAnswers:
         assert call.ret == 0
 
     @requirement("DEV-RPC-7")
+    @pytest.mark.fault("no-supplicant")
     def test_without_the_feature(self, bench: Bench) -> None:
         guest = bench.guest(features=Feature.INLINE)
         context = guest.open_context()
@@ -159,10 +179,42 @@ class TestAnswers:
         assert guest.open(context, NOBODY).ret == Result.ITEM_NOT_FOUND
         assert guest.events() == []
 
-    @requirement("DEV-RPC-7")
+    @requirement("DEV-RPC-5")
+    @pytest.mark.parametrize("what", ["another guest's", "the TEE's own", "meta", "meta memory"])
+    def test_what_an_event_may_not_say(self, bench: Bench, guest: Guest, what: str) -> None:
+        other = bench.guest()
+        theirs = other.open_context()
+        region = other.device.epoch.region(other.region(theirs))
+        Asker.ask = {
+            "another guest's": [MemRef(Direction.IN, region.memory, 0, 8)],
+            "the TEE's own": [MemRef(Direction.IN, Memory.of(bytearray(8)), 0, 8)],
+            "meta": [Value(Direction.IN, 1, 2, 3, meta=True)],
+            "meta memory": [MemRef(Direction.OUT, None, 0, 0, meta=True)],
+        }[what]
+        context = guest.open_context()
+        assert guest.invoke(context, guest.open_session(context, Asker.uuid), FS).ret == Result.NOT_SUPPORTED
+        assert guest.events() == other.events() == []
+        assert region.users == 0
+
+    @requirement("DEV-RPC-1", "DEV-RPC-8")
+    @pytest.mark.parametrize("command", [RpcCommand.NOTIFICATION, FS])
+    def test_it_reaches_the_guest_whose_call_waits(self, bench: Bench, command: int) -> None:
+        guests = [bench.guest() for _ in range(3)]
+        calls = []
+        for guest in guests:
+            context = guest.open_context()
+            calls.append(guest.invoke(context, guest.open_session(context, Asker.uuid), command, run=False))
+        for guest, call in reversed(list(zip(guests, calls, strict=True))):
+            bench.turn()
+            assert guest.event(command).call == call.tag
+            assert not call.done
+        for guest in guests:
+            assert guest.events() == []
+
+    @requirement("DEV-RPC-7", "DEV-OCA-2")
     def test_never_sent(self, guest: Guest, context: int, session: int) -> None:
         refused = {c for c, route in ROUTES.items() if route is Route.REFUSED}
-        for command in (*refused, RpcCommand.BENCH_REG, 999):
+        for command in (*refused, RpcCommand.BENCH_REG, RPC_OCALL, 999):
             assert guest.invoke(context, session, command).ret == Result.NOT_SUPPORTED
         assert guest.events() == []
 
@@ -205,6 +257,7 @@ class TestMemory:
             ([(INOUT, 0, 1000, 2)], Status.BAD_RANGE),
         ],
     )
+    @pytest.mark.fault("lying-supplicant", "wrong-answer")
     def test_bad_memory(self, guest: Guest, context: int, answer: list[RawParam], expected: Status) -> None:
         assert guest.region(context) == 1
         assert guest.region(context, flags=RegionFlag.READ_ONLY) == 2
@@ -215,6 +268,7 @@ class TestMemory:
         assert [guest.unregister(context, n).ret for n in (1, 2)] == [0, 0]
 
     @requirement("DEV-RPC-10", "DEV-IDS-2")
+    @pytest.mark.fault("foreign-ids")
     def test_foreign_memory(self, bench: Bench, guest: Guest, context: int) -> None:
         other = bench.guest()
         assert other.region(other.open_context()) == 1
@@ -249,6 +303,25 @@ class TestMemory:
         # The guest has ended the registration: there is nothing left that SHM_FREE could name.
         assert guest.events() == []
         assert call.ret == Result.ITEM_NOT_FOUND
+
+    @requirement("DEV-MEM-10")
+    @pytest.mark.parametrize("frees", [0, 1])
+    def test_it_is_used_while_nothing_names_it(self, guest: Guest, context: int, frees: int) -> None:
+        """Until SHM_FREE, or until the call has ended that asked for it."""
+        supplicant = guest.open_context()
+        region = guest.region(supplicant)
+        call = guest.invoke(context, guest.open_session(context, Borrower.uuid), frees)
+        asked = guest.event(RpcCommand.SHM_ALLOC)
+        assert status(guest.reply(asked.rpc, 0, [(INOUT, 0, 100, region)])) is Status.OK
+        waits = guest.unregister(supplicant, region)
+        guest.bench.pass_time(0.5)
+        assert not waits.done
+        assert guest.device.epoch.regions.get(region).users == 1  # type: ignore[union-attr]
+        guest.bench.pass_time(1)
+        assert waits.ret == 0
+        assert call.done is not bool(frees)
+        guest.bench.pass_time(1)
+        assert call.ret == 0
 
     @requirement("DEV-MEM-10")
     def test_freed_without_an_event_buffer(self, bench: Bench) -> None:
@@ -313,6 +386,17 @@ class TestMemory:
         assert status(guest.reply(freed.rpc, 0, freed.params)) is Status.MALFORMED
         assert call.ret == Result.ITEM_NOT_FOUND
 
+    @requirement("DEV-RPC-11")
+    def test_short_buffer_says_how_much_is_needed(self, guest: Guest, context: int) -> None:
+        call, region, rpc = self.loading(guest, context, context)
+        name = [(V_IN, *(int.from_bytes(NOBODY.bytes[i : i + 8], "little") for i in (0, 8)), 0)]
+        assert status(guest.reply(rpc, Result.SHORT_BUFFER, [*name, (OUT, 0, 5000, region)])) is Status.OK
+        guest.bench.pass_time(11)
+        guest.events()
+        assert call.ret != 0
+
+    @requirement("DEV-RPC-11", "DEV-RPC-12")
+    @pytest.mark.fault("wrong-answer")
     def test_a_size_that_changes(self, guest: Guest, context: int) -> None:
         call, region, rpc = self.loading(guest, context, context)
         question = guest.bench.tee  # the memory is 1000 bytes for it, whatever the region has
@@ -326,7 +410,8 @@ class TestMemory:
 
 
 class TestDeadlines:
-    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-16", "DEV-RPC-17")
+    @requirement("DEV-RPC-3", "DEV-RPC-4", "DEV-RPC-13", "DEV-RPC-16", "DEV-RPC-17")
+    @pytest.mark.fault("slow-supplicant")
     def test_sent_and_not_answered(self, guest: Guest, context: int, session: int) -> None:
         call = guest.invoke(context, session, FS)
         rpc = guest.event(FS).rpc
@@ -344,6 +429,7 @@ class TestDeadlines:
         assert len(guest.device.epoch.rpcs) == 0
 
     @requirement("DEV-RPC-3", "DEV-RPC-4")
+    @pytest.mark.fault("event-buffers")
     def test_no_event_buffer(self, bench: Bench) -> None:
         guest = bench.guest(buffers=0)
         context = guest.open_context()
@@ -364,6 +450,64 @@ class TestDeadlines:
         assert guest.events() == []
         assert guest.withdrawn == [seen.rpc]
 
+    @requirement("DEV-RPC-3")
+    @pytest.mark.fault("pause-in-call")
+    @pytest.mark.parametrize("ring", [Queue.CONTROL, Queue.EVENT])
+    def test_it_does_not_run_during_a_pause(self, guest: Guest, context: int, session: int, ring: Queue) -> None:
+        call = guest.invoke(context, session, FS)
+        guest.event(FS)
+        guest.bench.pass_time(4)
+        guest.pause()
+        guest.bench.pass_time(100)
+        assert not call.done
+        guest.resume(*[index for index in range(3) if index != ring])
+        guest.bench.pass_time(100)  # one of the two still rests
+        assert not call.done
+        guest.resume(ring)
+        guest.bench.pass_time(5.9)
+        assert not call.done
+        guest.bench.pass_time(0.2)
+        assert call.ret == Result.COMMUNICATION
+
+    @requirement("DEV-RPC-3")
+    def test_what_is_left_of_it_after_a_pause(self, bench: Bench) -> None:
+        guest = bench.guest(buffers=0)
+        context = guest.open_context()
+        session = guest.open_session(context, Asker.uuid)
+        call = guest.invoke(context, session, FS)
+        bench.pass_time(3)
+        guest.pause()
+        bench.pass_time(50)
+        guest.resume()
+        guest.post(1)
+        bench.turn()
+        seen = guest.event(FS)
+        assert seen.deadline_ms == 7000
+        guest.reply(seen.rpc, 0, QUESTION)
+        assert call.ret == 0
+
+    @pytest.mark.fault("pause-in-call")
+    def test_no_pause_holds_a_thread_of_the_tee_for_ever(self, guest: Guest, context: int, session: int) -> None:
+        guest.invoke(context, session, FS)
+        guest.event(FS)
+        guest.pause()
+        guest.bench.pass_time(MAX_PAUSE + 9)
+        assert guest.bench.tee.usage()["threads_busy"] == 1
+        assert guest.bench.router.run() == 1  # the loop comes back by itself
+        guest.bench.pass_time(1.1)
+        assert guest.bench.tee.usage()["threads_busy"] == 0
+        guest.resume()
+
+    @requirement("DEV-CTX-5")
+    def test_closing_does_not_wait_for_a_pause(self, guest: Guest, context: int) -> None:
+        call = guest.open(context, NOBODY)
+        guest.event(RpcCommand.LOAD_TA)
+        guest.ring(Queue.EVENT).stop()
+        guest.device.queue_stopped(Queue.EVENT)
+        assert guest.close_context(context).ret == 0
+        assert call.ret == Result.CANCEL
+        guest.resume(Queue.EVENT)
+
     def test_what_is_never_sent_leaves_nothing(self, bench: Bench) -> None:
         """A withdrawal at the head of the queue, no buffers, and RPCs that come and go behind it."""
         guest = bench.guest(buffers=1)
@@ -380,6 +524,7 @@ class TestDeadlines:
         assert (len(rpcs), len(rpcs._outbox), len(rpcs._entries)) == (1, 1, 0)
 
     @requirement("DEV-RPC-2", "DEV-RPC-16", "DEV-EVT-4")
+    @pytest.mark.fault("quota")
     def test_max_rpcs(self, bench: Bench) -> None:
         guest = bench.guest(limits=Limits(max_rpcs=2))
         context = guest.open_context()
@@ -400,7 +545,32 @@ class TestDeadlines:
         assert guest.events() == []
         assert guest.withdrawn == [first[0].rpc]
 
+    @requirement("DEV-EVT-2", "DEV-RPC-2", "DEV-RPC-16")
+    def test_what_waits_without_a_buffer(self, bench: Bench) -> None:
+        """Never more than max_rpcs events, however many RPCs come and go."""
+        guest = bench.guest(limits=Limits(max_rpcs=2), buffers=0)
+        context = guest.open_context()
+        calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+        guest.post(50)
+        bench.turn()
+        first = guest.events(post=False)
+        assert [seen.call for seen in first] == [call.tag for call in calls[:2]]
+        queue = guest.ring(Queue.EVENT)
+        queue.available.clear()
+        for _ in range(10):
+            for call in calls:
+                guest.cancel(context, call.tag)
+            calls = [guest.invoke(context, guest.open_session(context, Asker.uuid), FS) for _ in range(4)]
+            assert len(guest.device.epoch.rpcs._outbox) <= 2
+        guest.post(50)
+        bench.turn()
+        assert guest.events(post=False) == []
+        assert guest.withdrawn == [seen.rpc for seen in first]
+        assert [status(guest.ack(rpc)) for rpc in guest.withdrawn] == [Status.OK] * 2
+        assert [seen.call for seen in guest.events()] == [call.tag for call in calls[:2]]
+
     @requirement("DEV-EVT-1", "DEV-QUE-7")
+    @pytest.mark.fault("event-buffers")
     def test_buffers_that_are_no_good(self, bench: Bench) -> None:
         guest = bench.guest(buffers=0)
         guest.post(1, size=100)
@@ -437,6 +607,47 @@ class TestClosing:
         assert guest.events() == []
         assert len(guest.withdrawn) == 1
 
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_the_context_of_a_tee_that_waits(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A TEE may close a context only when its calls have ended: they get their answers at once nevertheless."""
+        guest.device.epoch._at_once = None
+        start = bench.tee.start
+        kept: list[Call] = []
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS, run=False)
+        guest.close_context(context, run=False)
+        bench.turn()
+        monkeypatch.setattr(bench.tee, "start", start)
+        for one in kept[:1]:
+            start(one)
+        bench.turn()
+        assert call.ret == Result.COMMUNICATION
+        (closing,) = kept[1:]
+        start(closing)
+        bench.turn()
+        assert guest.sent[-1].ret == 0
+
+    @requirement("DEV-CTX-5", "DEV-CTX-3")
+    def test_what_was_asked_before(
+        self, bench: Bench, guest: Guest, context: int, session: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Asker.unmasked = False
+        call = guest.invoke(context, session, FS)
+        rpc = guest.event(FS).rpc
+        start, kept = bench.tee.start, list[Call]()
+        monkeypatch.setattr(bench.tee, "start", kept.append)
+        closed = guest.close_context(context)
+        assert (call.ret, closed.done) == (Result.COMMUNICATION, False)
+        guest.events()
+        assert guest.withdrawn == [rpc]
+        start(kept[0])
+        bench.turn()
+        assert closed.ret == 0
+        monkeypatch.setattr(bench.tee, "start", start)
+
 
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
 OTHER_KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
@@ -459,6 +670,7 @@ class TestTaPackages:
         ],
         ids=["good", "unsigned", "truncated", "cut", "another-uuid", "another-key", "raises"],
     )
+    @pytest.mark.fault("lying-supplicant")
     def test_load(self, data: bytes, code: int | None) -> None:
         bench = Bench(built_in={}, keys=[KEYS.public])
         guest = bench.guest()
@@ -476,6 +688,7 @@ class TestTaPackages:
 
     @requirement("DEV-MEM-5")
     @pytest.mark.feature("RPC: with one TEE thread, a suspended call, a registration and the RPC's answer get through")
+    @pytest.mark.fault("one-thread")
     def test_one_thread(self) -> None:
         """A call holds the only thread and waits for an RPC, whose answer needs a registration."""
         bench = Bench(built_in=examples.built_in("probe"), keys=[KEYS.public], threads=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from device.config import Limits
+from device.wire import Feature
 from guest_driver.client import Context, ValueInOut
 from guest_driver.core import DRIVER_FEATURES, VirtioTeeDriver
 from guest_driver.vhost_user import VhostUserTransport
@@ -23,6 +24,7 @@ from pyvhost.io.frontend import Frontend
 from tee import package
 from tee.io.runtime import TeeRuntime
 from tee.io.supplicant import Supplicant
+from tee.results import TeeError
 from tee.soft import examples
 
 HELLO = examples.UUIDS["hello_world"]
@@ -117,6 +119,21 @@ def test_inherited_connections(tmp_path: Path) -> None:
 
 def run(*arguments: str | Path, fds: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=30, check=False, pass_fds=fds)
+
+
+@pytest.mark.fault("no-supplicant")
+@pytest.mark.feature("Backend: TAs from the host's own folder (serve --ta-folder)")
+@pytest.mark.parametrize("features", [int(DRIVER_FEATURES), int(Feature.INLINE)], ids=["no supplicant", "no RPC"])
+def test_tas_of_the_host(tmp_path: Path, folder: Path, features: int) -> None:
+    path = tmp_path / "s"
+    with serving("-s", path, "--ta-key", folder / "key.pem", "--ta-folder", folder):
+        driver = VirtioTeeDriver(VhostUserTransport(str(path), wanted=features))
+        with TeeRuntime(driver) as runtime, Context(runtime) as context:
+            with context.open_session(HELLO) as session:
+                assert session.invoke(0, ValueInOut(41))[0] == (42, 0, 0)
+            with pytest.raises(TeeError):
+                context.open_session(examples.UUIDS["probe"])
+        driver.close()
 
 
 def test_print_capabilities() -> None:

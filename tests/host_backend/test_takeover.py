@@ -12,8 +12,9 @@ from device.requests import pack_request
 from device.wire import Event, Queue, Request, ResponseFlag, Status
 from host_backend.device import TeeDevice
 from host_backend.router import Router
+from pyvhost.errors import MessageError
 from pyvhost.inflight import region_size
-from pyvhost.messages import INFLIGHT, U64, BackendRequest, Feature, encode
+from pyvhost.messages import INFLIGHT, U64, BackendRequest, Feature, ProtocolFeature, encode
 from tee.calls import Call
 from tee.driver import Done, Sink, TeeInfo
 from tee.memory import Memory
@@ -21,7 +22,6 @@ from tee.results import Result
 from tee.rpc import Rpc, RpcReply
 from tests.pyvhost.fakes import GUEST, F, Vmm
 
-QUEUES = (Queue.CONTROL, Queue.EVENT, Queue.REQUEST)
 RESPONSE, EVENTS = 0x9000, 0xA000
 
 
@@ -71,14 +71,17 @@ class StuckTee:
 class Guest:
     """A driver whose memory outlives backends."""
 
-    def __init__(self, *, tracked: bool) -> None:
+    def __init__(self, *, tracked: bool, packed: bool = False, channel: bool = True, queues: int = 1) -> None:
         self.tracked = tracked
-        self.region = bytearray(3 * region_size(8))
+        self.packed = packed
+        self.channel = channel
+        self.queues = range(Queue.REQUEST + queues)
+        self.region = bytearray(len(self.queues) * region_size(8, packed=packed))
         self.tags = 0
         self.attach()
         vmm = self.vmm
         vmm.set_memory()
-        for index in QUEUES:
+        for index in self.queues:
             vmm.ring(index)
         self.enable()
         for n in range(2):
@@ -91,21 +94,24 @@ class Guest:
             Router(self.tee, lambda: 0.0),
             vm="one",
             limits=Limits(),
-            request_queues=1,
+            request_queues=len(self.queues) - Queue.REQUEST,
             clock=lambda: 0.0,
             new_epoch=lambda: next(EPOCHS),
         )
         self.vmm = Vmm(self.device)
+        if self.packed:
+            self.vmm.features |= Feature.RING_PACKED
         self.vmm.negotiate()
         self.vmm.tell(F.SET_FEATURES, U64.pack(self.vmm.features))
-        self.vmm.tell(F.SET_BACKEND_REQ_FD, b"", self.vmm.fd())
+        if self.channel:
+            self.vmm.tell(F.SET_BACKEND_REQ_FD, b"", self.vmm.fd())
         if self.tracked:
             fd = self.vmm.fd()
             self.vmm.ports.files[fd] = self.region
-            self.vmm.tell(F.SET_INFLIGHT_FD, INFLIGHT.pack(len(self.region), 0, 3, 8), fd)
+            self.vmm.tell(F.SET_INFLIGHT_FD, INFLIGHT.pack(len(self.region), 0, len(self.queues), 8), fd)
 
     def enable(self) -> None:
-        for index in QUEUES:
+        for index in self.queues:
             self.vmm.enable(index)
         self.turn()
 
@@ -118,20 +124,20 @@ class Guest:
         assert kick is not None
         self.vmm.ports.watched[kick]()
 
-    def request(self, epoch: int, room: int = 64) -> None:
+    def request(self, epoch: int, room: int = 64, queue: int = Queue.REQUEST) -> None:
         self.tags += 1
         body = REQUESTS[Request.OPEN_CONTEXT].body.codec.pack(0)
         data = pack_request(Request.OPEN_CONTEXT, epoch=epoch, tag=self.tags, context=0, body=body)
         at = 0x8000 + 0x80 * self.tags
         self.vmm.ram[at : at + len(data)] = data
         answer = RESPONSE + 0x80 * self.tags
-        self.vmm.drivers[Queue.REQUEST].add([(GUEST + at, len(data))], [(GUEST + answer, room)], self.tags)
-        self.kick(Queue.REQUEST)
+        self.vmm.drivers[queue].add([(GUEST + at, len(data))], [(GUEST + answer, room)], self.tags)
+        self.kick(queue)
 
     def answers(self) -> dict[int, tuple[int, int, int]]:
         """Status, flags, result by tag."""
         found = {}
-        for tag, written in self.vmm.drivers[Queue.REQUEST].poll():
+        for tag, written in (one for index in self.queues[Queue.REQUEST :] for one in self.vmm.drivers[index].poll()):
             if written:
                 head = RESPONSE_HEADER.unpack(self.vmm.ram[RESPONSE + 0x80 * tag :][:written])
                 found[tag] = (head.status, head.flags, head.ret)
@@ -157,9 +163,10 @@ class Guest:
         assert isinstance(ram.obj, bytearray)
         vmm.ports.files[fd] = ram.obj
         vmm.tell(F.SET_MEM_TABLE, vmm.table(fd), fd)
-        for index in QUEUES:
+        for index in self.queues:
             used = drivers[index].used_addr - GUEST
-            vmm.ring(index, int.from_bytes(ram[used + 2 : used + 4], "little"), fresh=False)
+            base = None if self.packed else int.from_bytes(ram[used + 2 : used + 4], "little")
+            vmm.ring(index, base, fresh=False)
         self.enable()
 
 
@@ -175,9 +182,10 @@ def complete_one(guest: Guest) -> None:
 
 
 @pytest.mark.requirement("DEV-EPO-2", "DEV-EPO-5", "DEV-VHU-8")
-@pytest.mark.parametrize("tracked", [True, False])
-def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
-    guest = Guest(tracked=tracked)
+@pytest.mark.parametrize(("tracked", "packed"), [(True, False), (False, False), (True, True)])
+@pytest.mark.fault("backend-restart")
+def test_what_was_taken_is_answered_and_not_run(tracked: bool, packed: bool) -> None:
+    guest = Guest(tracked=tracked, packed=packed)
     assert guest.events() == []
     complete_one(guest)
     epoch = guest.device.epoch.number
@@ -204,10 +212,48 @@ def test_what_was_taken_is_answered_and_not_run(tracked: bool) -> None:
     guest.vmm.leave()
 
 
+@pytest.mark.requirement("DEV-EPO-5", "DEV-VHU-8")
+@pytest.mark.parametrize("queue", [Queue.REQUEST, Queue.REQUEST + 2])
+def test_a_ring_of_which_nothing_was_returned(queue: int) -> None:
+    """It looks like a new one; that another ring was used before tells what it is, whichever starts first."""
+    guest = Guest(tracked=False, queues=3)
+    epoch = guest.device.epoch.number
+    guest.request(epoch, queue=Queue.REQUEST + 1)
+    guest.tee.end_all()
+    guest.device.flush()
+    assert guest.answers() == {1: (Status.OK, 0, Result.SUCCESS)}
+    guest.request(epoch, queue=queue)
+    assert len(guest.tee.calls) == 1
+    guest.restart()
+    assert guest.answers() == {2: LOST}
+    assert guest.tee.calls == []
+    guest.vmm.leave()
+
+
+@pytest.mark.requirement("DEV-VHU-10", "DEV-EPO-2", "DEV-EPO-7")
+def test_without_a_channel_the_epoch_changes_nevertheless() -> None:
+    """No state can be saved: whatever comes after is another epoch, and EPOCH and STALE_EPOCH tell."""
+    guest = Guest(tracked=True, channel=False)
+    assert not guest.vmm.backend.offered_protocol_features & ProtocolFeature.DEVICE_STATE
+    with pytest.raises(MessageError):
+        guest.device.save_state()
+    complete_one(guest)
+    epoch = guest.device.epoch.number
+    guest.restart()
+    assert guest.device.epoch.number != epoch
+    assert guest.vmm.ports.sent == []
+    assert guest.events() == [(Event.EPOCH, guest.device.epoch.number)]
+    guest.request(epoch)
+    guest.device.flush()
+    assert guest.answers()[guest.tags][0] == Status.STALE_EPOCH
+    guest.vmm.leave()
+
+
 @pytest.mark.requirement("DEV-EPO-5")
-def test_with_a_region_nothing_else_is_abandoned() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_a_region_nothing_else_is_abandoned(packed: bool) -> None:
     """Not even before anything was completed, where the ring's base says nothing; and what came after is new."""
-    guest = Guest(tracked=True)
+    guest = Guest(tracked=True, packed=packed)
     epoch = guest.device.epoch.number
     guest.request(epoch)
     assert len(guest.tee.calls) == 1
@@ -234,7 +280,7 @@ def test_the_epoch_waits_for_a_buffer_and_goes_first() -> None:
     assert guest.events() == []
     assert not guest.device.send_event(bytes(16))
     guest.vmm.drivers[Queue.EVENT].add([], [(GUEST + EVENTS, 1024)], ("event", 0))
-    guest.kick(Queue.EVENT)
+    assert not guest.device.send_event(bytes(16))  # before the buffer was looked at
     assert guest.events() == [(Event.EPOCH, guest.device.epoch.number)]
     guest.vmm.leave()
 

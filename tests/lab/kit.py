@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,14 @@ from tee.soft.examples import UUIDS, source
 SCRIPTS = Path(__file__).parent / "guest"
 TA_FOLDER = "/lib/optee_armtz"
 READY_S = 20
+SPLIT_ONLY = """\
+import sys
+from pyvhost import backend
+from pyvhost.messages import Feature
+backend.RING_FEATURES &= ~Feature.RING_PACKED
+from pyvhost.examples.{name} import main
+sys.exit(main())
+"""
 
 
 class Backend:
@@ -71,6 +80,40 @@ class Backend:
     def package(self, name: str) -> bytes:
         """A signed example TA."""
         return package.sign(source(name), UUIDS[name], 1, self.vendor.private)
+
+
+class Example:
+    """A module that serves a device, and can be killed and started again; without ``packed``, one of pyvhost.examples
+    with split rings only."""
+
+    def __init__(self, folder: Path, module: str, *options: str, queue: str = "auto", packed: bool = True) -> None:
+        name = module.rpartition(".")[2]
+        self.socket = folder / f"{name}.sock"
+        self.log = folder / f"{name}.log"
+        program = ["-m", module] if packed else ["-c", SPLIT_ONLY.format(name=name)]
+        self._argv = [sys.executable, *program, "--socket-path", str(self.socket), *options]
+        self._env = {**os.environ, "PYVHOST_QUEUE": queue}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        said = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._argv, stderr=log, env=self._env)
+        end = time.monotonic() + 20
+        while b"ready" not in self.log.read_bytes()[said:]:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, "the example does not start"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(timeout=10)
 
 
 def furnish(guest: Guest, backend: Backend) -> None:

@@ -39,12 +39,8 @@ class RealSupplicant:
         self._channel = ours
         with theirs:
             self.process = subprocess.Popen(
-                [build.binary, "-l", tas, "-f", files, "/dev/teepriv0"],
-                env={
-                    "LD_PRELOAD": str(build.shim),
-                    "TEEPRIV_FD": str(theirs.fileno()),
-                    "TEEPRIV_SHM": self._scratch.name,
-                },
+                [*build.command, "-l", tas, "-f", files, "/dev/teepriv0"],
+                env={"PATH": os.defpath, "TEEPRIV_FD": str(theirs.fileno()), "TEEPRIV_SHM": self._scratch.name},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -9,19 +10,23 @@ import io
 import json
 import os
 import socket
+import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi
+from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi, run
+from lab.agent import AgentClient, AgentError
 from lab.guest.agent import Agent
 from lab.lock import File, Lock, Pin
-from lab.qemu.agent import AgentClient, AgentError
 from lab.qemu.build import QemuBuild
 from lab.qemu.command import GuestConfig, command_line
+from lab.uml import guest as uml
+from lab.uml.__main__ import device
+from lab.uml.exports import symvers
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +187,38 @@ def test_the_lock_file_is_stable(tmp_path: Path) -> None:
     assert lock.get("s", "missing") is None
 
 
+def test_packages_are_unpacked_into_one_merged_usr(tmp_path: Path) -> None:
+    debs = []
+    for name, file in (("old", "lib/liba"), ("new", "usr/lib/libb")):
+        tree = tmp_path / name
+        (tree / file).parent.mkdir(parents=True)
+        (tree / file).write_text(name)
+        (tree / "DEBIAN").mkdir()
+        control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: {name}\n"
+        (tree / "DEBIAN" / "control").write_text(control)
+        debs.append(tmp_path / f"{name}.deb")
+        run.output(["dpkg-deb", "--root-owner-group", "--build", tree, debs[-1]])
+    apt.unpack_debs(debs, tmp_path / "root")
+    assert (tmp_path / "root" / "lib").readlink() == Path("usr/lib")
+    assert {path.name for path in (tmp_path / "root" / "usr" / "lib").iterdir()} == {"liba", "libb"}
+
+
+def test_a_tree_of_packages_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+
+    def unpack(debs: Iterable[Path], root: Path) -> None:
+        made.append([deb.name for deb in debs])
+        (root / "file").touch()
+
+    monkeypatch.setattr(apt, "unpack_debs", unpack)
+    fake = FakeApt(Lock(tmp_path / "packages.lock"), "1.0")
+    first = fake.tree(["hello"])
+    assert [path.name for path in first.iterdir()] == ["file"]
+    assert fake.tree(["hello"]) == first
+    assert FakeApt(Lock(tmp_path / "other.lock"), "2.0").tree(["hello"]) != first
+    assert made == [["hello_1.0_amd64.deb"], ["hello_2.0_amd64.deb"]]
+
+
 def test_wheel_names() -> None:
     assert pypi.split_wheel_name("markdown_it_py-4.3.0-py3-none-any.whl") == ("markdown-it-py", "4.3.0")
 
@@ -270,13 +307,9 @@ class EndingAgent(Agent):
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[AgentClient]:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(tmp_path / "port"))
-    listener.listen()
-    client = AgentClient(tmp_path / "port")
-    port, _ = listener.accept()
-    listener.close()
+def client() -> Iterator[AgentClient]:
+    ours, port = socket.socketpair()
+    client = AgentClient(ours)
 
     def serve() -> None:
         # a guest that was reset leaves half a line
@@ -327,3 +360,64 @@ def test_the_lock_file_of_the_repository_names_versions_only() -> None:
     content = json.loads(lock.read_text())
     assert "qemu" in content["trixie/source"]
     assert "http" not in lock.read_text()
+
+
+# -- user-mode-linux ------------------------------------------------------------------------------------
+
+
+def test_exports_are_read_from_a_kernel_without_symbols(tmp_path: Path) -> None:
+    """One name is the end of another, as linkers make it; one symbol has a namespace."""
+    strings = b"vfree\0put_x\0SPACE\0"
+    address = 0x6000_0000
+
+    def entry(name: int, namespace: int | None = None) -> bytes:
+        return struct.pack("<QQQ", 0x1234, address + name, 0 if namespace is None else address + namespace)
+
+    parts = [
+        (b"", 0, b""),
+        (b"__ksymtab", 0, entry(0) + entry(1)),
+        (b"__ksymtab_gpl", 0, entry(6, 12)),
+        (b"__ksymtab_strings", address, strings),
+    ]
+    names = b"\0".join(name for name, _, _ in parts) + b"\0.names\0"
+    parts.append((b".names", 0, names))
+    heads, body = b"", b""
+    for name, at, data in parts:
+        heads += struct.pack("<IIQQQQ24x", names.index(name + b"\0"), 1, 0, at, 64 + len(body), len(data))
+        body += data
+    ident = b"\x7fELF\x02\x01".ljust(16, b"\0")
+    elf = ident + struct.pack("<24xQ10xHHH", 64 + len(body), 64, len(parts), len(parts) - 1) + body + heads
+    assert list(symvers(elf)) == [
+        "0x00000000\tvfree\tvmlinux\tEXPORT_SYMBOL\t\n",
+        "0x00000000\tfree\tvmlinux\tEXPORT_SYMBOL\t\n",
+        "0x00000000\tput_x\tvmlinux\tEXPORT_SYMBOL_GPL\tSPACE\n",
+    ]
+    with pytest.raises(cache.LabError, match="ELF"):
+        list(symvers(b"MZ" + elf))
+
+
+def test_each_device_of_user_mode_linux_is_a_socket_and_an_id() -> None:
+    config = uml.UmlConfig(devices=[("/a", 4), (Path("/b"), 46)], append="lab.x y")
+    argv = uml.command_line(config, Path("/linux"), Path("/i"), Path("/f"), "null,fd:1")
+    assert argv[0] == "/linux"
+    assert [a for a in argv if a.startswith("virtio_uml")] == ["virtio_uml.device=/a:4", "virtio_uml.device=/b:46"]
+    assert argv[-2:] == ["lab.x", "y"]
+    assert device("/tmp/a:b.sock:46") == ("/tmp/a:b.sock", 46)
+    for wrong in ("/tmp/a", "/tmp/a:", ":4", "/tmp/a:x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="SOCKET:ID"):
+            device(wrong)
+
+
+def test_memory_needs_room_and_leave_to_execute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(uml, "MEMORY_FOLDERS", (str(tmp_path / "none"), str(tmp_path)))
+    assert uml.memory_folder(1) == str(tmp_path)
+    with pytest.raises(cache.LabError, match="TMPDIR"):
+        uml.memory_folder(1 << 40)
+
+
+def test_modules_of_ours_come_beside_the_kernels(tmp_path: Path) -> None:
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "kernel" / "a.ko").write_bytes(b"\0depends=\0")
+    own = tmp_path / "own-one.ko"
+    own.write_bytes(b"\0depends=a\0")
+    assert [n for n, _ in kernel.load_order(tmp_path / "kernel", ["own_one"], [own])] == ["a", "own_one"]

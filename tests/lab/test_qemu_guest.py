@@ -146,7 +146,9 @@ def test_a_wrong_ta(guest: Guest, backend: Backend, how: str) -> None:
     assert json.loads(guest.run(INVOKE).stdout) == [[42, 0, 0]]
 
 
+@pytest.mark.requirement("DRV-RPC-2")
 @pytest.mark.feature("Faults: a supplicant that is killed while the TEE waits for it")
+@pytest.mark.fault("restarted-supplicant")
 def test_a_killed_supplicant(guest: Guest) -> None:
     answers = run_script(guest, "killed_supplicant")
     assert answers["killed"] == "COMMUNICATION"
@@ -155,6 +157,7 @@ def test_a_killed_supplicant(guest: Guest) -> None:
 
 
 @pytest.mark.feature("Faults: a guest that reboots in the middle of calls leaves nothing behind")
+@pytest.mark.fault("guest-dies")
 def test_a_reboot_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> None:
     drained = len([e for e in backend.trace() if e["name"] == "drained"])
     holding = guest.spawn(["python3", "/root/hold.py"])
@@ -173,6 +176,7 @@ def test_a_reboot_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> Non
 
 
 @pytest.mark.feature("Faults: a paused guest goes on where it was")
+@pytest.mark.fault("pause-in-call")
 def test_a_pause_in_the_middle_of_a_call(guest: Guest, backend: Backend) -> None:
     """The call ends while the guest is paused; its answer comes when it goes on."""
     begun, ended, started = (len(backend.wait_for(n, 0, phase=p)) for n, p in _INVOKES)
@@ -190,6 +194,7 @@ _INVOKES = (("INVOKE", "b"), ("INVOKE", "e"), ("rings run", "i"))
 
 
 @pytest.mark.feature("Faults: a killed backend is started again under a running guest driver")
+@pytest.mark.fault("backend-restart")
 def test_the_backend_is_killed_and_started_again() -> None:
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as folder:
         backend = Backend(Path(folder))

@@ -25,6 +25,8 @@ from pyvhost.messages import (
 )
 from pyvhost.session import Session
 from pyvhost.vring.api import Fences
+from pyvhost.vring.packed import INITIAL_BASE, PackedLayout
+from pyvhost.vring.packed_driver import PackedDriverQueue
 from pyvhost.vring.split import SplitLayout
 from pyvhost.vring.split_driver import SplitDriverQueue
 
@@ -103,6 +105,11 @@ class FakePorts:
         if fd >= NOT_A_FILE:
             raise MessageError("no socket")
 
+    def check_signal(self, fd: int) -> None:
+        assert fd in self.open_fds
+        if fd >= NOT_A_FILE:
+            raise MessageError("no eventfd")
+
     def send(self, fd: int, message: bytes) -> bool:
         assert fd in self.open_fds
         self.sent.append(message)
@@ -136,12 +143,20 @@ class Vmm:
         self.backend = self.session.backend
         self.next_fd = 10
         self.reply_fds: list[int] = []
-        self.drivers: dict[int, SplitDriverQueue] = {}
+        self.drivers: dict[int, SplitDriverQueue | PackedDriverQueue] = {}
         usual = self.backend.offered_features & ~(Feature.RING_PACKED | Feature.LOG_ALL)
         self.features = usual if features is None else features
         if protocol is None:
             protocol = self.backend.offered_protocol_features
         self.protocol = ProtocolFeature(protocol)
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.features & Feature.RING_PACKED)
+
+    @property
+    def initial_base(self) -> int:
+        return INITIAL_BASE if self.packed else 0
 
     def fd(self) -> int:
         self.next_fd += 1
@@ -185,22 +200,18 @@ class Vmm:
         self.tell(F.SET_MEM_TABLE, self.table(fd), fd)
         return fd
 
-    def ring(self, index: int, base: int = 0, *, fresh: bool = True, kick: bool = True) -> None:
+    def ring(self, index: int, base: int | None = None, *, fresh: bool = True, kick: bool = True) -> None:
         """Configure ring ``index``; ``fresh``: with a new driver."""
         size, at = 8, index * 0x1000
-        layout = SplitLayout(size)
+        layout = PackedLayout(size) if self.packed else SplitLayout(size)
         view = self.ram[at : at + 0x1000]
         if fresh:
             view[:] = bytes(0x1000)
-            self.drivers[index] = SplitDriverQueue(
-                size,
-                view,
-                GUEST + at,
-                fences=Fences.none(),
-                event_idx=bool(self.features & Feature.EVENT_IDX),
-            )
+            kind = PackedDriverQueue if self.packed else SplitDriverQueue
+            event_idx = bool(self.features & Feature.EVENT_IDX)
+            self.drivers[index] = kind(size, view, GUEST + at, fences=Fences.none(), event_idx=event_idx)
         self.tell(F.SET_VRING_NUM, VRING_STATE.pack(index, size))
-        self.tell(F.SET_VRING_BASE, VRING_STATE.pack(index, base))
+        self.tell(F.SET_VRING_BASE, VRING_STATE.pack(index, self.initial_base if base is None else base))
         user = USER + at
         self.tell(
             F.SET_VRING_ADDR,
@@ -220,7 +231,7 @@ class Vmm:
         if fresh or not hasattr(self, "ram"):
             self.set_memory()
         for index in indexes:
-            self.ring(index, (bases or {}).get(index, 0), fresh=fresh)
+            self.ring(index, (bases or {}).get(index, self.initial_base), fresh=fresh)
         for index in indexes:
             self.enable(index)
         self.ports.turn()

@@ -20,6 +20,7 @@ from pyvhost.messages import (
     encode,
 )
 from pyvhost.ringstate import RING_TABLE, RingEvent, RingState
+from pyvhost.vring.packed import INITIAL_BASE
 from tests.pyvhost.fakes import GUEST, NOT_A_FILE, NOT_POLLABLE, RAM, USER, F, Vmm, config, mem_region
 from tests.pyvhost.toys import Echo, Late
 
@@ -75,6 +76,13 @@ def test_answers_of_the_start(vmm: Vmm) -> None:
     assert U64.unpack(vmm.tell(F.GET_MAX_MEM_SLOTS)).value == MEM_SLOTS
     assert vmm.ack(F.RESET_OWNER) == 0
     assert vmm.tell(F.SET_OWNER) == b""
+    vmm.leave()
+
+
+def test_the_message_that_acknowledges_reply_ack_is_answered_as_user_mode_linux_wants_it() -> None:
+    vmm = Vmm(Echo())
+    assert vmm.tell(F.SET_PROTOCOL_FEATURES, U64.pack(P.MQ), flags=Flag.NEED_REPLY) == b""
+    assert vmm.ack(F.SET_PROTOCOL_FEATURES, U64.pack(P.REPLY_ACK)) == 0
     vmm.leave()
 
 
@@ -178,6 +186,21 @@ def test_mem_table_as_uml_sends_it(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.parametrize("uml", [True, False])
+def test_a_packed_ring_of_user_mode_linux_begins_at_its_beginning(uml: bool) -> None:
+    """It says base 0, as for split rings; from others that is a ring that has turned once."""
+    vmm = Vmm(Echo(), features=Feature.PROTOCOL_FEATURES | Feature.VERSION_1 | Feature.RING_PACKED)
+    vmm.negotiate()
+    vmm.set_memory()
+    if uml:
+        fd = vmm.fd()
+        assert vmm.ack(F.SET_MEM_TABLE, vmm.table(fd) + bytes(32), fd) == 0
+    for base, heard in ((0, INITIAL_BASE if uml else 0), (5, 5)):
+        vmm.tell(F.SET_VRING_BASE, VRING_STATE.pack(0, base))
+        assert vmm.base(0) == heard
+    vmm.leave()
+
+
 @pytest.mark.parametrize("count", [0, 2, 9, 0xFFFF_FFFF])
 def test_mem_table_with_wrong_count(vmm: Vmm, count: int) -> None:
     fd = vmm.fd()
@@ -222,6 +245,7 @@ def test_slots(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-VHU-6")
 def test_a_lease_outlives_the_region(vmm: Vmm) -> None:
     vmm.set_memory()
     lease = vmm.session.device.memory.lease((GUEST, 16))
@@ -296,6 +320,7 @@ def test_requests_go_through(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-VHU-7")
 def test_kick_before_enable_is_looked_at_on_enable(vmm: Vmm) -> None:
     vmm.set_memory()
     vmm.ring(0)
@@ -307,6 +332,7 @@ def test_kick_before_enable_is_looked_at_on_enable(vmm: Vmm) -> None:
     assert vmm.drivers[0].poll() == [(b"hello", 5)]
 
 
+@pytest.mark.requirement("DEV-VHU-7")
 def test_enable_before_start(vmm: Vmm) -> None:
     vmm.set_memory()
     vmm.enable(0)
@@ -336,7 +362,9 @@ def test_a_disabled_ring_is_not_processed_but_completes() -> None:
     device, vmm = late()
     vmm.start(0)
     vmm.add(0, b"one")
+    assert device.link.enabled(0)
     vmm.enable(0, 0)
+    assert not device.link.enabled(0)
     vmm.add(0, b"two")
     vmm.ports.turn()
     assert [c.read() for _, c in device.held] == [b"one"]
@@ -480,6 +508,8 @@ def test_a_new_table_under_running_rings(vmm: Vmm) -> None:
     vmm.leave()
 
 
+@pytest.mark.requirement("DEV-QUE-8")
+@pytest.mark.fault("broken-ring")
 def test_a_broken_ring_is_reported_once(vmm: Vmm) -> None:
     vmm.start(0)
     vmm.ram[130:132] = b"\xff\xff"  # available index

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from struct import Struct
 
 import pytest
 
+from pyvhost.testing import ring_pair
+from pyvhost.vring.choice import has_compiled
 from virtio_tee.bench import peers
+from virtio_tee.bench.counted import CountedQueue, Counter
 from virtio_tee.bench.direct import Direct
-from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, PEER, TEE, Case, Results, as_runs, cases
+from virtio_tee.bench.plan import (
+    BLOCK,
+    GOALS,
+    KIB,
+    MIB,
+    PEER,
+    TEE,
+    Results,
+    as_runs,
+    beside,
+    cases,
+    ratios,
+    unsteadiness,
+)
 
 
 def results(factor: float = 1.0, *, in_place: bool = True) -> Results:
@@ -20,10 +37,13 @@ def results(factor: float = 1.0, *, in_place: bool = True) -> Results:
         for backend in case.backends:
             speed = 1.0 if backend == PEER else factor
             figures = {"p50_us": 50 / speed, "p99_us": 90 / speed, "kreq_s": 1000 * speed}
-            figures |= {"event_idx": True, "inflight": backend != PEER}
+            figures |= {"event_idx": True, "indirect": True, "inflight": backend != PEER}
+            figures |= {"kicks": 0.1, "sleeps": 0.2, "waited": 0.0}
+            if case.reference is not None and backend != PEER:
+                figures |= {"peer": {"p50_us": 50, "p99_us": 90, "kreq_s": 1000}, "spread": 0.1}
             runs[backend, None if backend == PEER else "pure", case] = [figures] * 5
         direct[case.bytes] = [25 / factor] * 5
-    return Results(runs, direct, {"pure": in_place}, {"pure": 0.2}, {"pure": 40.0})
+    return Results(runs, direct, {"pure": in_place}, {"pure": 0.2}, {"pure": 40.0}, {})
 
 
 def test_ratios() -> None:
@@ -60,9 +80,49 @@ def test_runs() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_bytes_copied() -> None:
-    assert Case("invoke-registered", bytes=MIB, memory="registered").bytes_copied == 0
-    assert Case("invoke-temporary", bytes=4 * KIB, memory="inline").bytes_copied == 8 * KIB
+def test_a_run_beside_its_peer() -> None:
+    figures = {"p50_us": 10.0, "p99_us": 20.0, "kreq_s": 100.0, "waited": 0.01}
+    own = beside(figures, figures | {"kreq_s": 90.0, "waited": 0.05}, figures | {"kreq_s": 80.0}, 32)
+    assert own["kreq_s"] == 90.0
+    assert own["peer"] == {"p50_us": 10.0, "p99_us": 20.0, "kreq_s": 90.0}
+    assert own["spread"] == pytest.approx(20 / 90)
+    assert own["waited"] == 0.05
+    assert unsteadiness(own) > 1  # the peer's two are too far apart
+    assert unsteadiness(beside(figures, figures, figures, 32)) <= 1
+    assert unsteadiness(beside(figures | {"waited": 0.5}, figures, figures, 32)) > 1
+    assert ratios([own, own | {"kreq_s": 45.0}], 32) == [1.0, 0.5]
+    assert ratios([own | {"p50_us": 20.0}], 1) == [0.5]
+
+
+def test_what_is_compared_with_the_peer() -> None:
+    compared = {case.key for case in cases() if case.reference is not None}
+    assert compared == {
+        (workload, *mode, size)
+        for workload, size in (("null-block", 4 * KIB), ("null-invoke", 0))
+        for mode in (("sleeping", 1), ("sleeping", 32), ("polling", 1), ("polling", 32))
+    }
+
+
+def test_copies_are_counted(tmp_path: Path) -> None:
+    """By a chain that reads and writes, of either queue."""
+    path = tmp_path / "count"
+    path.write_bytes(bytes(8))
+    counter = Counter(str(path))
+    for queue in ["pure", *(["compiled"] if has_compiled() else [])]:
+        pair = ring_pair(8, queue=queue)
+        pair.driver.add([(pair.data, 20)], [(pair.data, 100)], 1)
+        pair.driver.add([(pair.data, 20)], [(pair.data, 100)], 2)
+        before = counter.word[0]
+        counted = CountedQueue(pair.device, counter)
+        chain = counted.pop()
+        assert chain is not None
+        assert chain.read(2, 5) == bytes(5)
+        assert counter.word[0] == before + 5
+        counted.push(chain.head, chain.write(b"abc"))
+        assert counter.word[0] == before + 8
+        counted.drain(lambda chain: chain.write(b"x" * len(chain.unpack(Struct("<I")))))
+        assert counter.word[0] == before + 8 + 4 + 1
+        assert pair.driver.poll() == [(1, 3), (2, 1)]
 
 
 def test_direct() -> None:

@@ -17,14 +17,35 @@ import click
 
 from virtio_tee.bench import peers
 from virtio_tee.bench.peers import Backend, BenchError, DirectTee
-from virtio_tee.bench.plan import BLOCK, GOALS, KIB, MIB, MODES, PEER, TEE, Case, Figures, Results, as_runs, cases
+from virtio_tee.bench.plan import (
+    BLOCK,
+    FEATURES,
+    GOALS,
+    KIB,
+    MIB,
+    MODES,
+    PEER,
+    SPEEDS,
+    TEE,
+    Case,
+    Figures,
+    Results,
+    as_runs,
+    beside,
+    cases,
+    unsteadiness,
+)
+from virtio_tee.lazy import LazyGroup
 
 DIRECT_SIZES = (4 * KIB, 16 * MIB)
+TRIES = 3
+"""… for a steady run, after which the steadiest counts."""
+
 BUSY = 0.7
 """A load average that something else than the bench makes."""
 
 
-@click.command()
+@click.group(cls=LazyGroup, where={"scale": "virtio_tee.bench.scale:scale"}, invoke_without_command=True)
 @click.option("--check", is_flag=True, help="Exit with 1 if a figure misses its bound.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
@@ -36,13 +57,17 @@ BUSY = 0.7
     show_default=True,
     help="Which implementation of the queues; all: those that are there.",
 )
-def bench(check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -> None:
+@click.pass_context
+def bench(ctx: click.Context, check: bool, as_json: bool, rounds: int, seconds: float, queue: str) -> None:
     """Measure latency and throughput of the backends beside a peer in C, qemu-storage-daemon's null block device.
 
     A driver in C (compiled first) on CPU 0 drives one backend after the other on CPU 1, over vhost-user sockets:
     sleeping or polling, with 1 or 32 requests at a time. Figures are medians over the rounds, ratios medians of each
-    round's ratio. Installs what it needs as root (Debian), or says what to type. Nothing else should run meanwhile.
+    round's ratio; what is compared with the peer has it right before and right after. Installs
+    what it needs as root (Debian), or says what to type. Nothing else should run meanwhile.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         peers.require_tools()
         peers.require_cpus()
@@ -88,7 +113,8 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
         for case in cases():
             for backend in backends:
                 if backend.name in case.backends:
-                    runs[backend.name, backend.queue, case].append(backend.run(program, case, seconds))
+                    run = _run(program, backends[0], backend, case, seconds)
+                    runs[backend.name, backend.queue, case].append(run)
             if case.workload == "invoke-registered" and case.key[1:3] == ("sleeping", 1) and case.bytes in DIRECT_SIZES:
                 alone[case.bytes].append(direct.touch(case.bytes, seconds))
     results = Results(
@@ -97,6 +123,7 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
         seen_in_place={queue: _seen_in_place(program, backend) for queue, backend in tees.items()},
         ready_s={queue: backend.ready_s for queue, backend in tees.items()},
         idle_mb=idle,
+        copied=_copied(program, queues[0], folder, seconds),
     )
     return {
         "machine": {
@@ -106,18 +133,49 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
             "load": os.getloadavg()[0],
         },
         "rounds": rounds,
+        "queues": queues,
         "runs": as_runs(results),
         "ratios": [goal.judge(results, queue) for queue in queues for goal in GOALS],
         "ceiling": [
             {
                 "driver": driver,
                 "depth": depth,
-                **{what: round(median(f[what] for f in got), 2) for what in ("p50_us", "p99_us", "kreq_s")},
+                **{what: round(median(f[what] for f in got), 2) for what in SPEEDS},
             }
             for (driver, depth), got in ceilings.items()
         ],
         "direct_us": {str(size): round(median(got), 2) for size, got in alone.items()},
     }
+
+
+def _run(program: Path, peer: Backend, backend: Backend, case: Case, seconds: float) -> Figures:
+    """One run, beside the peer's where that is compared."""
+    reference = case.reference
+    if reference is None or backend is peer:
+        return backend.run(program, case, seconds)
+    tries: list[Figures] = []
+    for _ in range(TRIES):
+        before = peer.run(program, reference, seconds)
+        own = backend.run(program, case, seconds)
+        after = peer.run(program, reference, seconds)
+        tries.append(beside(before, own, after, case.depth))
+        if unsteadiness(tries[-1]) <= 1:
+            break
+    return min(tries, key=unsteadiness)
+
+
+def _copied(program: Path, queue: str, folder: Path, seconds: float) -> dict[tuple[str, Case], int]:
+    """Bytes that our backends copy for each request. The queues do not differ in that."""
+    copied: dict[tuple[str, Case], int] = {}
+    for name in (BLOCK, TEE):
+        backend = Backend(name, queue, folder, counted=True)
+        try:
+            for case in cases():
+                if name in case.backends:
+                    copied[name, case] = backend.copied(program, case, seconds)
+        finally:
+            backend.end()
+    return copied
 
 
 def _ceiling(program: Path, driver: str, depth: int, seconds: float) -> Figures:
@@ -149,12 +207,16 @@ def _show(report: dict[str, Any]) -> None:
         runs.add_column(column, justify="right")
     for run in report["runs"]:
         words = [run["workload"], run["driver"], run["backend"], run["queue"] or "C"]
-        numbers = [run["depth"], run["bytes"], run["bytes_copied"], run["p50_us"], run["p99_us"], run["kreq_s"]]
+        copied = "" if run["bytes_copied"] is None else run["bytes_copied"]
+        numbers = [run["depth"], run["bytes"], copied, run["p50_us"], run["p99_us"], run["kreq_s"]]
         runs.add_row(*words, *map(str, numbers))
     for ceiling in report["ceiling"]:
-        numbers = [ceiling["depth"], 4 * KIB, 0, ceiling["p50_us"], ceiling["p99_us"], ceiling["kreq_s"]]
+        numbers = [ceiling["depth"], 4 * KIB, "", ceiling["p50_us"], ceiling["p99_us"], ceiling["kreq_s"]]
         runs.add_row("null-block", ceiling["driver"], "(driver's ceiling)", "C", *map(str, numbers))
     console.print(runs)
+    features = {run["backend"]: [feature for feature in FEATURES if run[feature]] for run in report["runs"]}
+    for backend, names in features.items():
+        console.print(f"{backend} has {', '.join(names)}")
     ratios = Table(title="\nbounds", box=None, header_style="bold")
     for column, justify in (("name", "left"), ("queue", "left"), ("value", "right"), ("bound", "right"), ("", "left")):
         ratios.add_column(column, justify=justify)  # type: ignore[arg-type]

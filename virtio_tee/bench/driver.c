@@ -10,6 +10,7 @@
  * One JSON object on stdout; exit status 1 and a line on stderr if anything is not as it must be.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -65,6 +66,39 @@ static void pin(int cpu)
 	CPU_SET(cpu, &set);
 	if (cpu >= 0 && sched_setaffinity(0, sizeof(set), &set))
 		die("cannot run on CPU %d: %s", cpu, strerror(errno));
+}
+
+/* In a loop that looks at memory. */
+static void pause_cpu(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
+/* How long the threads of this process have waited for a CPU that something else had. */
+static uint64_t waited_ns(void)
+{
+	unsigned long long ran, waited, sum = 0;
+	struct dirent *entry;
+	DIR *tasks = opendir("/proc/self/task");
+
+	while (tasks && (entry = readdir(tasks))) {
+		char path[300];
+		FILE *file;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/schedstat", entry->d_name);
+		file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
+		if (file && fscanf(file, "%llu %llu", &ran, &waited) == 2)
+			sum += waited;
+		if (file)
+			fclose(file);
+	}
+	if (tasks)
+		closedir(tasks);
+	return sum;
 }
 
 /* ---- options */
@@ -211,6 +245,7 @@ struct queue {
 	struct vring_used *used;
 	uint16_t next, seen; /* of the available ring; of the used ring */
 	uint16_t told;       /* available index at the last look whether to kick */
+	uint64_t kicks, sleeps; /* system calls of the driver */
 };
 
 static struct queue queues[MAX_QUEUES];
@@ -266,8 +301,10 @@ static void kick_if_wanted(struct queue *q)
 	else
 		wanted = !(*(volatile uint16_t *)&q->used->flags & VRING_USED_F_NO_NOTIFY);
 	q->told = q->next;
-	if (wanted)
+	if (wanted) {
+		q->kicks++;
 		write_eventfd(q->kick);
+	}
 }
 
 static uint16_t used_index(struct queue *q)
@@ -285,11 +322,7 @@ static void wait_used(struct queue *q)
 		EVENT_FROM_DRIVER(q) = (uint16_t)(q->seen + 0x8000);
 		q->avail->flags = features & F_EVENT_IDX ? 0 : VRING_AVAIL_F_NO_INTERRUPT;
 		while (used_index(q) == q->seen)
-#if defined(__x86_64__)
-			__builtin_ia32_pause();
-#else
-			atomic_signal_fence(memory_order_seq_cst);
-#endif
+			pause_cpu();
 		return;
 	}
 	while (used_index(q) == q->seen) {
@@ -297,6 +330,7 @@ static void wait_used(struct queue *q)
 		atomic_thread_fence(memory_order_seq_cst);
 		if (used_index(q) != q->seen)
 			return;
+		q->sleeps++;
 		if (read(q->call, &count, sizeof(count)) == sizeof(count))
 			continue;
 		/* qemu-storage-daemon makes the eventfds it is given non-blocking, for us as well */
@@ -537,7 +571,7 @@ static void open_session(struct queue *q)
 
 static uint32_t *samples;
 static size_t sample_count;
-static uint64_t completed, ended_at, began_at;
+static uint64_t completed, all, ended_at, began_at, waited_before; /* all: also those while it got warm */
 
 static void measure(struct queue *q)
 {
@@ -557,6 +591,7 @@ static void measure(struct queue *q)
 		now = now_ns();
 		if (!end && now >= warm) {
 			began_at = now;
+			waited_before = waited_ns();
 			end = now + (uint64_t)(opt.seconds * 1e9);
 		}
 		while (q->seen != until) {
@@ -573,6 +608,7 @@ static void measure(struct queue *q)
 				submit(q, i);
 				continue;
 			}
+			all++;
 			if (end && s->started >= began_at) {
 				completed++;
 				if (sample_count < MAX_SAMPLES)
@@ -605,17 +641,19 @@ static int by_size(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-static void report(void)
+static void report(struct queue *q)
 {
 	qsort(samples, sample_count, sizeof(*samples), by_size);
 	if (!sample_count)
 		die("nothing was completed in time");
-	printf("{\"p50_us\": %.3f, \"p99_us\": %.3f, \"kreq_s\": %.3f, \"requests\": %llu, \"event_idx\": %s, "
-	       "\"indirect\": %s, \"inflight\": %s}\n",
+	printf("{\"p50_us\": %.3f, \"p99_us\": %.3f, \"kreq_s\": %.3f, \"requests\": %llu, \"all_requests\": %llu, ",
 	       samples[sample_count / 2] / 1e3, samples[sample_count * 99 / 100] / 1e3,
 	       (double)completed / ((double)(ended_at - began_at) / 1e6), (unsigned long long)completed,
-	       features & F_EVENT_IDX ? "true" : "false", features & F_INDIRECT ? "true" : "false",
-	       protocol & P_INFLIGHT ? "true" : "false");
+	       (unsigned long long)all);
+	printf("\"kicks\": %.4f, \"sleeps\": %.4f, \"waited\": %.4f, ", (double)q->kicks / (double)all,
+	       (double)q->sleeps / (double)all, (double)(waited_ns() - waited_before) / (double)(ended_at - began_at));
+	printf("\"event_idx\": %s, \"indirect\": %s, \"inflight\": %s}\n", features & F_EVENT_IDX ? "true" : "false",
+	       features & F_INDIRECT ? "true" : "false", protocol & P_INFLIGHT ? "true" : "false");
 }
 
 /* A byte that the driver writes while the TA holds the memory: the TA says what it saw before and after. */
@@ -642,38 +680,27 @@ static void hold(struct queue *q)
 
 /* ---- the device thread of --echo: the driver's own ceiling */
 
+/* It does what no backend can do without, and nothing else: it looks at the ring without a pause, so that it needs no
+ * kicks, gives back what is there as it is, and signals where the driver asked for it. */
 static void *echo(void *argument)
 {
 	struct queue *q = argument;
-	uint16_t next = 0, used = 0, told = 0;
-	uint64_t count;
-	unsigned fresh;
+	uint16_t used = 0, told = 0, until;
 
 	pin(opt.echo);
 	for (;;) {
-		fresh = 0;
-		while (atomic_load_explicit((_Atomic uint16_t *)&q->avail->idx, memory_order_acquire) != next) {
-			q->used->ring[used % RING].id = q->avail->ring[next % RING];
+		EVENT_FROM_DEVICE(q) = (uint16_t)(used + 0x8000); /* half the index space away: no kicks */
+		while ((until = atomic_load_explicit((_Atomic uint16_t *)&q->avail->idx, memory_order_acquire)) == used)
+			pause_cpu();
+		for (; used != until; used++) {
+			q->used->ring[used % RING].id = q->avail->ring[used % RING];
 			q->used->ring[used % RING].len = 1;
-			next++;
-			used++;
-			atomic_store_explicit((_Atomic uint16_t *)&q->used->idx, used, memory_order_release);
-			if (++fresh % 4)
-				continue;
-			atomic_thread_fence(memory_order_seq_cst);
-			if ((uint16_t)(used - EVENT_FROM_DRIVER(q) - 1) < (uint16_t)(used - told))
-				write_eventfd(q->call);
-			told = used;
 		}
-		EVENT_FROM_DEVICE(q) = next;
+		atomic_store_explicit((_Atomic uint16_t *)&q->used->idx, used, memory_order_release);
 		atomic_thread_fence(memory_order_seq_cst);
 		if ((uint16_t)(used - EVENT_FROM_DRIVER(q) - 1) < (uint16_t)(used - told))
 			write_eventfd(q->call);
 		told = used;
-		if (*(volatile uint16_t *)&q->avail->idx != next)
-			continue;
-		if (read(q->kick, &count, sizeof(count)) != sizeof(count))
-			die("eventfd: %s", strerror(errno));
 	}
 	return NULL;
 }
@@ -836,7 +863,7 @@ int main(int argc, char **argv)
 		hold(q);
 	} else {
 		measure(q);
-		report();
+		report(q);
 	}
 	return 0;
 }

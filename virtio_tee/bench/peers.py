@@ -125,15 +125,23 @@ class Process:
 
 
 class Backend(Process):
-    """A vhost-user backend: the peer, our null block, or our TEE device."""
+    """A vhost-user backend: the peer, our null block, or our TEE device; ``counted``: one of ours, by
+    ``virtio_tee.bench.counted``."""
 
-    def __init__(self, name: str, queue: str | None, folder: Path) -> None:
+    def __init__(self, name: str, queue: str | None, folder: Path, *, counted: bool = False) -> None:
         self.name = name
         self.queue = queue
-        self.socket = folder / f"{name}-{queue}.sock"
-        self.log = folder / f"{name}-{queue}.log"
+        stem = f"{name}-{queue}{'-counted' if counted else ''}"
+        self.socket = folder / f"{stem}.sock"
+        self.log = folder / f"{stem}.log"
+        self.counter = folder / f"{stem}.count"
+        argv = _command(name, self.socket)
+        if counted:
+            self.counter.write_bytes(bytes(8))
+            python, _, *module = argv
+            argv = [python, "-m", "virtio_tee.bench.counted", str(self.counter), *module]
         with self.log.open("w") as log:
-            super().__init__(_command(name, self.socket), queue, stderr=log)
+            super().__init__(argv, queue, stderr=log)
         while not self.socket.is_socket():
             if self.process.poll() is not None or time.monotonic() > self.started + READY_S:
                 self.end()
@@ -142,13 +150,30 @@ class Backend(Process):
         self.ready_s = time.monotonic() - self.started
 
     def run(self, program: Path, case: Case, seconds: float) -> dict[str, Any]:
-        """One run."""
+        """One run; ``waited`` is then of both sides: the share of the time in which another process had their CPU."""
+        before = self._waited_s()
         try:
-            return run_driver(program, "--socket", str(self.socket), "--seconds", str(seconds), *case.arguments)
+            figures = run_driver(program, "--socket", str(self.socket), "--seconds", str(seconds), *case.arguments)
+            figures["waited"] += (self._waited_s() - before) / seconds
+            return figures
         except BenchError as e:
             state = "has ended" if self.process.poll() is not None else "still runs"
             said = self.log.read_text().strip()[-2000:]
             raise BenchError(f"{e}\n{self.name} ({self.queue or 'C'}) {state}; it said: {said}") from None
+
+    def copied(self, program: Path, case: Case, seconds: float) -> int:
+        """Bytes that a counted one copies for each request of a run."""
+        before = int.from_bytes(self.counter.read_bytes(), "little")
+        requests = int(self.run(program, case, seconds)["all_requests"])
+        return round((int.from_bytes(self.counter.read_bytes(), "little") - before) / requests)
+
+    def _waited_s(self) -> float:
+        """How long its threads have been ready to run and did not."""
+        waited = 0
+        for thread in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+            with suppress(OSError):  # it has ended
+                waited += int(thread.read_text().split()[1])
+        return waited / 1e9
 
     @property
     def resident_mb(self) -> float:

@@ -44,10 +44,11 @@ class Case:
         return [*words, "--workload", "invoke", "--memory", self.memory, "--func", str(func)]
 
     @property
-    def bytes_copied(self) -> int:
-        """Payload bytes that travel in descriptors, in and out, and so are copied between guest and backend; 0 where
-        they are used in place (or, in a null block device, not at all)."""
-        return 2 * self.bytes if self.memory == "inline" else 0
+    def reference(self) -> Case | None:
+        """What the peer is to do right before and right after, if the two are compared."""
+        if self == Case(self.workload, self.driver, self.depth, 4 * KIB if self.workload == "null-block" else 0):
+            return Case("null-block", self.driver, self.depth, 4 * KIB)
+        return None
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -76,7 +77,35 @@ def cases() -> Iterator[Case]:
 
 
 Figures = Mapping[str, Any]
-"""One run's: p50_us, p99_us, kreq_s."""
+"""One run's: p50_us, p99_us, kreq_s …, as the driver tells them; ``waited``: the share of the time in which other
+processes had the CPUs; ``peer``: the peer's, right before and right after; ``spread``: how far these two are apart."""
+
+SPEEDS = ("p50_us", "p99_us", "kreq_s")
+
+
+def beside(before: Figures, own: Figures, after: Figures, depth: int) -> Figures:
+    """``own`` with the peer's figures, the means of those before and after.
+
+    Whatever a machine does, it does for longer than a run: two virtual CPUs are on one core now and on two then, which
+    is a factor of three between processes that share memory. What lies between two like runs is like them."""
+    peer = {what: (float(before[what]) + float(after[what])) / 2 for what in SPEEDS}
+    what = speed(depth)
+    waited = max(float(f["waited"]) for f in (before, own, after))
+    return {**own, "peer": peer, "waited": waited, "spread": abs(before[what] - after[what]) / peer[what]}
+
+
+def speed(depth: int) -> str:
+    """The figure that says how fast it is: one request's latency, or throughput."""
+    return "p50_us" if depth == 1 else "kreq_s"
+
+
+STEADY = 0.2
+"""A run counts as steady with no more than this in ``spread``, and half of it in ``waited``."""
+
+
+def unsteadiness(figures: Figures) -> float:
+    """1 or less: steady."""
+    return max(float(figures["spread"]) / STEADY, float(figures["waited"]) / (STEADY / 2))
 
 
 @dataclass(slots=True)
@@ -91,12 +120,14 @@ class Results:
     """Whether the TA saw a byte written during its call, by queue."""
     ready_s: dict[str, float]
     idle_mb: dict[str, float]
+    copied: dict[tuple[str, Case], int]
+    """Counted bytes for each request of our backends, by name and case."""
 
-    def of(self, backend: str, queue: str | None, key: tuple[str, str, int, int], what: str) -> list[float]:
-        """A figure in each round."""
+    def of(self, backend: str, queue: str | None, key: tuple[str, str, int, int]) -> list[Figures]:
+        """Those of each round."""
         for (name, ran, case), figures in self.runs.items():
             if (name, ran, case.key) == (backend, queue, key):
-                return [float(f[what]) for f in figures]
+                return figures
         raise KeyError(key)
 
 
@@ -130,25 +161,27 @@ class Goal:
 
 def _against_peer(backend: str, workload: str, driver: str, depth: int) -> Callable[[Results, str], float]:
     """The median over the rounds of ours ÷ the peer's: speed at depth 1 (latency, inverted), else throughput."""
-    peer_key = ("null-block", driver, depth, 4 * KIB)
-    own_key = (workload, driver, depth, 4 * KIB if workload == "null-block" else 0)
+    key = (workload, driver, depth, 4 * KIB if workload == "null-block" else 0)
 
     def measure(results: Results, queue: str) -> float:
-        what = "p50_us" if depth == 1 else "kreq_s"
-        peer = results.of(PEER, None, peer_key, what)
-        own = results.of(backend, queue, own_key, what)
-        pairs = zip(peer, own, strict=True)
-        return median(p / o for p, o in pairs) if depth == 1 else median(o / p for p, o in pairs)
+        return median(ratios(results.of(backend, queue, key), depth))
 
     return measure
+
+
+def ratios(rounds: Sequence[Figures], depth: int) -> list[float]:
+    """Our speed ÷ the peer's in each round."""
+    what = speed(depth)
+    found = [float(f[what]) / float(f["peer"][what]) for f in rounds]
+    return [1 / ratio for ratio in found] if depth == 1 else found
 
 
 def _zero_copy(results: Results, queue: str) -> float:
     """Path time (total − direct) of 16 MiB ÷ that of 4 KiB, from the medians over the rounds."""
 
     def path(size: int) -> float:
-        total = results.of(TEE, queue, ("invoke-registered", "sleeping", 1, size), "p50_us")
-        return median(t - d for t, d in zip(total, results.direct[size], strict=True))
+        total = results.of(TEE, queue, ("invoke-registered", "sleeping", 1, size))
+        return median(float(f["p50_us"]) - d for f, d in zip(total, results.direct[size], strict=True))
 
     return path(16 * MIB) / path(4 * KIB)
 
@@ -224,6 +257,19 @@ GOALS: Sequence[Goal] = (
 """The floors. A figure that misses its bound fails ``bench --check``."""
 
 
+FEATURES = ("event_idx", "indirect", "inflight")
+"""What was negotiated: as much of it as the backend offers."""
+
+
+def _comparison(rounds: Sequence[Figures], depth: int) -> dict[str, Any]:
+    if not all("peer" in figures for figures in rounds):
+        return {}
+    return {
+        "ratios": [round(ratio, 3) for ratio in ratios(rounds, depth)],
+        "steady_rounds": sum(unsteadiness(figures) <= 1 for figures in rounds),
+    }
+
+
 def as_runs(results: Results) -> list[dict[str, Any]]:
     """The entries of ``runs``: medians over the rounds."""
     return [
@@ -234,10 +280,11 @@ def as_runs(results: Results) -> list[dict[str, Any]]:
             "driver": case.driver,
             "bytes": case.bytes,
             "depth": case.depth,
-            **{what: round(median(float(f[what]) for f in rounds), 2) for what in ("p50_us", "p99_us", "kreq_s")},
-            "bytes_copied": case.bytes_copied,
-            "event_idx": all(f["event_idx"] for f in rounds),
-            "inflight": all(f["inflight"] for f in rounds),
+            **{what: round(median(float(f[what]) for f in rounds), 2) for what in SPEEDS},
+            **{what: round(median(float(f[what]) for f in rounds), 3) for what in ("kicks", "sleeps", "waited")},
+            "bytes_copied": results.copied.get((backend, case)),
+            **{feature: all(f[feature] for f in rounds) for feature in FEATURES},
+            **_comparison(rounds, case.depth),
             "rounds": len(rounds),
         }
         for (backend, queue, case), rounds in results.runs.items()

@@ -13,9 +13,11 @@ operation    further parameters
 5 IOCTL      [INOUT data], [IN a = command]
 ===========  =====================================================================================================
 
-A supplicant serves one RPC after the other, so no wait is longer than ``max_wait`` seconds, whatever the TA says: it
-gets a timeout and asks again. RECV with size 0 answers how much there is. A datagram that is larger than the memory
-stays, and the answer is SHORT_BUFFER with its size (OP-TEE's own supplicant cuts it).
+Several operations run at a time, each on a thread of the supplicant's (:mod:`tee.io.lanes`), of which there are not
+many: no wait is longer than ``max_wait`` seconds, whatever the TA says, not for a name's address either; it gets a
+timeout and asks again. A datagram that is larger than the memory is cut, and its rest is lost, as with OP-TEE's own
+supplicant (optee_client, tee-supplicant/src/tee_socket.c: one ``read``). Other than there, RECV with size 0 answers
+how much there is, and takes nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import errno
 import secrets
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +36,6 @@ from enum import IntEnum
 from tee.io.services.base import (
     Allocator,
     Log,
-    ReplyError,
     Result,
     bad,
     count,
@@ -46,6 +48,7 @@ from tee.io.services.base import (
     value,
 )
 from tee.io.services.destinations import AllowList, literal
+from tee.io.services.lookup import Info, Lookups
 from tee.params import Direction, Param, Value
 
 
@@ -118,6 +121,12 @@ class _Socket:
     host: str
     port: int
 
+    def close(self) -> None:
+        """Close it; who waits for it on another thread is woken."""
+        with suppress(OSError):  # it is not connected any more
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
 
 class Sockets:
     """Serves SOCKET to destinations that ``allowed`` has."""
@@ -126,7 +135,11 @@ class Sockets:
         self._allowed = allowed
         self._log = log
         self._max_wait = max_wait
+        self._lookups = Lookups()
+        self._lock = threading.Lock()  # guards what follows
         self._sockets: dict[int, _Socket] = {}
+        self._opening = 0
+        self._closed = False
         # At a random place: a handle of an earlier life does not name a socket of this one.
         self._next = secrets.randbelow(_MAX_HANDLE) + 1
 
@@ -134,13 +147,16 @@ class Sockets:
         return len(self._sockets)
 
     def close(self) -> None:
-        """Close all sockets."""
-        for one in self._sockets.values():
-            one.sock.close()
-        self._sockets.clear()
+        """Close all sockets, and open no more. Who waits for one is woken."""
+        with self._lock:
+            self._closed = True
+            gone = tuple(self._sockets.values())
+            self._sockets.clear()
+        for one in gone:
+            one.close()
 
     def serve(self, params: list[Param], _: Allocator) -> list[Param]:
-        """SOCKET."""
+        """SOCKET. Thread-safe."""
         what = value(params, 0, Direction.IN)
         operation = _OPERATIONS.get(what.a)
         if operation is None:
@@ -154,29 +170,46 @@ class Sockets:
         value(params, 3, Direction.OUT)
         if where.b not in _KINDS or where.c not in FAMILIES or not 0 <= where.a <= 65535:
             raise bad(f"a socket of protocol {where.b}, IP version {where.c}, port {where.a}")
-        if len(self._sockets) >= MAX_SOCKETS:
-            raise refuse(SocketResult.OUT_OF_RESOURCES, f"{MAX_SOCKETS} sockets are open")
         protocol = Protocol(where.b)
         name = _host(text(host, _MAX_HOST))
-        sock = self._connect(protocol, name, where.a, FAMILIES[where.c])
+        with self._lock:
+            if len(self._sockets) + self._opening >= MAX_SOCKETS:
+                raise refuse(SocketResult.OUT_OF_RESOURCES, f"{MAX_SOCKETS} sockets are open")
+            self._opening += 1
+        sock = None
+        try:
+            sock = self._connect(protocol, name, where.a, FAMILIES[where.c])
+        finally:
+            with self._lock:
+                self._opening -= 1
+                handle = self._add(_Socket(what.b, protocol, sock, name, where.a)) if sock is not None else 0
+        return [what, where, host, Value(Direction.OUT, handle)]
+
+    def _add(self, one: _Socket) -> int:
+        if self._closed:
+            one.close()
+            raise refuse(Result.COMMUNICATION, "the supplicant is closed")
         while self._next in self._sockets:
             self._next = self._next % _MAX_HANDLE + 1
         handle = self._next
         self._next = handle % _MAX_HANDLE + 1
-        self._sockets[handle] = _Socket(what.b, protocol, sock, name, where.a)
-        return [what, where, host, Value(Direction.OUT, handle)]
+        self._sockets[handle] = one
+        return handle
 
     def _close(self, what: Value, params: list[Param]) -> list[Param]:
-        one = self._socket(what)
-        del self._sockets[what.c]
-        one.sock.close()
+        with self._lock:
+            one = self._socket(what)
+            del self._sockets[what.c]
+        one.close()
         return params
 
     def _close_all(self, what: Value, params: list[Param]) -> list[Param]:
-        for handle, one in list(self._sockets.items()):
-            if one.instance == what.b:
+        with self._lock:
+            gone = {handle: one for handle, one in self._sockets.items() if one.instance == what.b}
+            for handle in gone:
                 del self._sockets[handle]
-                one.sock.close()
+        for one in gone.values():
+            one.close()
         return params
 
     def _send(self, what: Value, params: list[Param]) -> list[Param]:
@@ -199,10 +232,6 @@ class Sockets:
         memory_of(target).view(target.offset, target.size)  # raises where that is outside the memory
         self._wait(one, select.POLLIN, wait.a)
         with _results():
-            if one.protocol is Protocol.UDP:
-                length = one.sock.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC | socket.MSG_DONTWAIT)
-                if length > target.size:
-                    raise ReplyError(Result.SHORT_BUFFER, [what, resized(target, length), wait])
             data = one.sock.recv(min(target.size, MAX_BYTES), socket.MSG_DONTWAIT)
         return [what, put(target, data), wait]
 
@@ -233,7 +262,7 @@ class Sockets:
 
     def _change(self, one: _Socket, host: str, port: int) -> None:
         """Give a UDP socket another peer, of the same family."""
-        for family, _, where in self._resolve(one.protocol, host, port, one.sock.family):
+        for family, _, where in self._resolve(one.protocol, host, port, one.sock.family, self._max_wait):
             with _results():
                 one.sock.connect(where)
             assert family == one.sock.family
@@ -244,7 +273,7 @@ class Sockets:
     def _connect(self, protocol: Protocol, host: str, port: int, family: int) -> socket.socket:
         last = refuse(SocketResult.HOSTNAME, f"{host} has no address")
         until = time.monotonic() + self._max_wait
-        for found, kind, where in self._resolve(protocol, host, port, family):
+        for found, kind, where in self._resolve(protocol, host, port, family, self._max_wait):
             sock = socket.socket(found, kind | socket.SOCK_CLOEXEC)
             try:
                 sock.settimeout(max(0.001, until - time.monotonic()))
@@ -259,7 +288,7 @@ class Sockets:
         raise last
 
     def _resolve(
-        self, protocol: Protocol, host: str, port: int, family: int
+        self, protocol: Protocol, host: str, port: int, family: int, seconds: float
     ) -> list[tuple[int, int, tuple[str, int] | tuple[str, int, int, int]]]:
         """The addresses of a host that is allowed."""
         kind = _KINDS[protocol]
@@ -269,13 +298,20 @@ class Sockets:
             )
             raise refuse(Result.ACCESS_DENIED, f"{host!r} port {port}")
         address = literal(host)
-        # An address is never asked of anybody, and is what was looked up in the list.
-        flags = socket.AI_NUMERICHOST if address is not None else 0
+        found: list[Info] = []
         try:
-            found = socket.getaddrinfo(str(address or host), port, family, _TYPES[protocol], 0, flags)
+            if address is None:
+                found = self._lookups.resolve(host, port, family, _TYPES[protocol], seconds)
+            else:  # is never asked of anybody, and is what was looked up in the list
+                flags = socket.AI_NUMERICHOST
+                found += socket.getaddrinfo(str(address), port, family, _TYPES[protocol], 0, flags)
+        except TimeoutError as error:
+            raise refuse(SocketResult.TIMEOUT, str(error)) from None
+        except BlockingIOError as error:
+            raise refuse(SocketResult.OUT_OF_RESOURCES, str(error)) from None
         except (OSError, UnicodeError):
             raise refuse(SocketResult.HOSTNAME, f"{host} has no address") from None
-        return [(family_, type_, where) for family_, type_, _, _, where in found]  # type: ignore[misc]
+        return [(family_, type_, where) for family_, type_, _, _, where in found]
 
     def _socket(self, what: Value) -> _Socket:
         one = self._sockets.get(what.c)

@@ -12,6 +12,7 @@ from uuid import UUID
 from tee.io.services.base import Allocator, Log, ReplyError, Result, bad, refuse
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
+from tee.results import TeeError
 
 #: The largest TA file in bytes.
 MAX_TA_SIZE = 16 << 20
@@ -40,12 +41,7 @@ class TaLoader:
             raise bad("LOAD_TA names its TA by two words of 64 bits") from None
         fd = self._open(uuid)
         try:
-            size = os.fstat(fd).st_size
-            if size > self._max_size:
-                raise refuse(
-                    Result.OUT_OF_MEMORY,
-                    f"{uuid}.ta has {size} bytes, and {self._max_size} are the limit: is it really a TA?",
-                )
+            size = self._size(fd, uuid)
             answer = MemRef(Direction.OUT, target.memory, target.offset, size)
             if target.memory is None:
                 return [name, answer]
@@ -55,6 +51,24 @@ class TaLoader:
             return [name, answer]
         finally:
             os.close(fd)
+
+    def read(self, uuid: UUID) -> bytes | None:
+        """The whole TA, or None where there is none. Raises OSError, and TeeError OUT_OF_MEMORY."""
+        try:
+            fd = self._open(uuid)
+        except TeeError:
+            return None
+        with open(fd, "rb") as file:
+            return file.read(self._size(fd, uuid))
+
+    def _size(self, fd: int, uuid: UUID) -> int:
+        size = os.fstat(fd).st_size
+        if size > self._max_size:
+            raise refuse(
+                Result.OUT_OF_MEMORY,
+                f"{uuid}.ta has {size} bytes, and {self._max_size} are the limit: is it really a TA?",
+            )
+        return size
 
     def _open(self, uuid: UUID) -> int:
         """A file descriptor of the TA's file: a regular file, directly in one of the folders."""

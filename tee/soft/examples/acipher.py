@@ -4,7 +4,7 @@ Command 0 makes a key pair (value IN: bits, 1024 to 4096) for the session. Comma
 value IN (0 decrypt, else encrypt), value IN (GlobalPlatform's number of the algorithm). SHORT_BUFFER tells the room
 that is needed.
 
-Making a key is one long step, in which nothing else of the TEE runs: up to a second at 4096 bits.
+Making a key takes up to some seconds at 4096 bits and cannot be cut into steps, so it is done beside the TEE.
 """
 
 from cryptography.hazmat.primitives import hashes
@@ -60,20 +60,20 @@ class Acipher(TrustedApplication):
     async def invoke(self, session: Session, command: int, params: Parameters) -> None:
         """See the module's text."""
         if command == 0:
-            make_key(session, params)
+            await self.make_key(session, params)
         elif command == 1:
             cipher(session, params)
         else:
             raise bad_command(command)
 
-
-def make_key(session: Session, params: Parameters) -> None:
-    """Command 0."""
-    params.expect(1)
-    bits = params.value(0, IN).a
-    if not MIN_BITS <= bits <= MAX_BITS or bits % 2:
-        raise TeeError(Result.NOT_SUPPORTED, Origin.TRUSTED_APP, f"a key of {bits} bits")
-    session.key = rsa.generate_private_key(65537, bits)
+    async def make_key(self, session: Session, params: Parameters) -> None:
+        """Command 0."""
+        params.expect(1)
+        bits = params.value(0, IN).a
+        if not MIN_BITS <= bits <= MAX_BITS or bits % 2:
+            raise TeeError(Result.NOT_SUPPORTED, Origin.TRUSTED_APP, f"a key of {bits} bits")
+        self.env.unmask_cancellation()
+        session.key = await self.env.work(lambda: rsa.generate_private_key(65537, bits))
 
 
 def cipher(session: Session, params: Parameters) -> None:

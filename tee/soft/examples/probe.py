@@ -16,8 +16,11 @@ command      parameters                                       does
 8 HOLD       memory INOUT, value INOUT                        a = byte 0 now, b = byte 0 after a milliseconds
 9 FAIL       value IN                                         ends with the code a (a TA's own, e.g. 0x10000001)
 10 SPIN      value IN                                         a checkpoints in a row, unmasked; then ends
+11 HASH      memory IN, memory OUT                            OUT: the SHA-256 of IN (32 bytes); can be cancelled
 ===========  ===============================================  =======================================================
 """
+
+from hashlib import sha256
 
 from tee.soft.ta import (
     UUID,
@@ -146,6 +149,18 @@ class Probe(TrustedApplication):
         for _ in range(params.value(0, Direction.IN).a):
             await self.env.checkpoint()
 
+    async def hash(self, params: Parameters) -> None:
+        """Command 11."""
+        params.expect(2)
+        memory, digest = params.memory(0, Direction.IN), sha256()
+        view = memory.view()
+        self.env.unmask_cancellation()
+        for offset in range(0, memory.capacity, PIECE):
+            size = min(PIECE, memory.capacity - offset)
+            digest.update(memory.read(offset, size) if view is None else view[offset : offset + size])
+            await self.env.checkpoint()
+        params.memory(1, Direction.OUT).put(digest.digest())
+
 
 COMMANDS = {
     1: Probe.add,
@@ -158,6 +173,7 @@ COMMANDS = {
     8: Probe.hold,
     9: Probe.fail,
     10: Probe.spin,
+    11: Probe.hash,
 }
 
 TA = Probe

@@ -119,6 +119,24 @@ def test_runners_are_called_when_due_or_touched(plane: DataPlane) -> None:
     assert work.runs == 6
 
 
+def test_a_runner_that_fails_harms_nobody(plane: DataPlane, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        touched, calls = False, 0
+
+        def run(self) -> float | None:
+            self.calls += 1
+            raise ValueError("broken")
+
+    broken, work = Broken(), Work(0)
+    plane.post(lambda: plane.add_runner(broken))
+    plane.post(lambda: plane.add_runner(work))
+    assert work.done.wait(10)
+    settle(plane, 5)
+    assert work.runs == 2
+    assert broken.calls == 1  # and again after a while, not at once
+    assert "error in the data plane" in caplog.text
+
+
 def test_busy_work_starves_nobody(plane: DataPlane) -> None:
     counts = [0, 0]
     stop = False

@@ -17,12 +17,12 @@ from subprocess import DEVNULL, Popen
 import pytest
 
 from pyvhost.dirtylog import PAGE
-from pyvhost.errors import Disconnected, RequestFailed
+from pyvhost.errors import Disconnected, RequestFailed, StateError
 from pyvhost.io import transfer
 from pyvhost.io.fence import host_atomic_or
-from pyvhost.io.frontend import Frontend, Ram
+from pyvhost.io.frontend import DEFAULT_FEATURES, Frontend, Ram
 from pyvhost.io.signals import Signaller
-from pyvhost.messages import HEADER, TRANSFER_STATE, FrontendRequest, ProtocolFeature, encode
+from pyvhost.messages import HEADER, TRANSFER_STATE, Feature, FrontendRequest, ProtocolFeature, encode
 from tests.pyvhost.harness import Server
 from tests.pyvhost.test_device_state import Movable
 from tests.pyvhost.toys import Echo, Late
@@ -44,10 +44,11 @@ trio.run(main)
 """
 
 
-def connect(path: str, size: int = 1 << 20) -> Frontend:
+def connect(path: str, size: int = 1 << 20, more: int = 0) -> Frontend:
+    """``more``: features beside the usual ones."""
     vmm = Frontend.connect(path, ram=Ram(size))
     vmm._own_ram = True
-    vmm.negotiate()
+    vmm.negotiate(DEFAULT_FEATURES | more)
     return vmm
 
 
@@ -57,7 +58,8 @@ def add(vmm: Frontend, token: int, addr: int) -> None:
     vmm.queues[0].ring.add([(addr, 8)], [(addr + 16, 8)], (token, addr))
 
 
-def test_killed_again_and_again_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("features", [0, Feature.RING_PACKED], ids=["split", "packed"])
+def test_killed_again_and_again_under_load(tmp_path: Path, features: int) -> None:
     """SIGKILL at any moment: each request is answered once, and rightly."""
 
     def start(number: int) -> tuple[Popen[bytes], str]:
@@ -71,7 +73,7 @@ def test_killed_again_and_again_under_load(tmp_path: Path) -> None:
             time.sleep(0.01)
 
     process, path = start(0)
-    vmm = connect(path)
+    vmm = connect(path, more=features)
     queue = vmm.add_queue(0, 16)
     assert vmm.track_inflight(16)
     vmm.start()
@@ -118,10 +120,11 @@ def test_killed_again_and_again_under_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_fd_leak")
-def test_a_frontend_comes_back(start_server: Start) -> None:
+@pytest.mark.parametrize("features", [0, Feature.RING_PACKED], ids=["split", "packed"])
+def test_a_frontend_comes_back(start_server: Start, features: int) -> None:
     device = Late()
     server = start_server(device)
-    vmm = connect(server.path)
+    vmm = connect(server.path, more=features)
     assert vmm.machine.protocol_features & ProtocolFeature.INFLIGHT_SHMFD
     vmm.add_queue(0, 16)
     assert vmm.track_inflight()
@@ -139,6 +142,40 @@ def test_a_frontend_comes_back(start_server: Start) -> None:
     assert token == 1
     vmm.close()
     server.close()
+
+
+def test_packed_rings_without_a_region_are_lost(start_server: Start) -> None:
+    server = start_server(Echo())
+    vmm = connect(server.path, more=Feature.RING_PACKED)
+    vmm.add_queue(0, 16)
+    vmm.start()
+    with pytest.raises(StateError, match="only the old backend knew"):
+        vmm.reconnect(server.path)
+    vmm.close()
+
+
+def test_rings_of_a_reset_are_given_back(start_server: Start) -> None:
+    """A guest that is reset again and again does not use its memory up."""
+    server = start_server(Echo())
+    vmm = connect(server.path)
+    places = set()
+    for number in range(300):  # of 4096 bytes or more, in 1 MiB
+        queue = vmm.add_queue(0, 64)
+        places.add(queue.ring_memory)
+        vmm.start()
+        if number % 100 == 0:
+            buffer = vmm.ram.alloc(32)
+            add(vmm, number, buffer)
+            queue.kick()
+            assert queue.wait() == [((number, buffer), 8)]
+            vmm.ram.free(buffer, 32)
+            assert bytes(vmm.ram.at(buffer, 8)) != bytes(8)
+            assert vmm.ram.alloc(32) == buffer
+            assert bytes(vmm.ram.at(buffer, 32)) == bytes(32)
+            vmm.ram.free(buffer, 32)
+        vmm.reset()
+    assert len(places) == 1
+    vmm.close()
 
 
 @pytest.mark.usefixtures("no_fd_leak")

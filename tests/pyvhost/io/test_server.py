@@ -438,6 +438,8 @@ def test_storm_of_kicks(start_server: Start) -> None:
             thread.join()
 
 
+@pytest.mark.requirement("DEV-QUE-8")
+@pytest.mark.fault("broken-ring")
 def test_broken_ring(start_server: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     device = Echo()

@@ -7,10 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvhost.errors import DeviceError, StateError
+from pyvhost.inflight import SplitInflight, region_size
 from pyvhost.messages import U64, Feature
 from pyvhost.testing import plain_memory
 from pyvhost.vring.api import Chain, Fences
-from pyvhost.vring.in_order import InOrderSplitQueue
+from pyvhost.vring.choice import part_sizes
+from pyvhost.vring.in_order import InOrderPackedQueue, InOrderSplitQueue
+from pyvhost.vring.packed import INITIAL_BASE
+from pyvhost.vring.packed_driver import PackedDriverQueue
+from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.split import SplitLayout
 from pyvhost.vring.split_driver import SplitDriverQueue
 from tests.pyvhost.fakes import F, Vmm
@@ -20,23 +25,23 @@ SIZE = 8
 
 
 class Pair:
-    def __init__(self) -> None:
+    def __init__(self, packed: bool = False) -> None:
+        self.packed = packed
         self.memory = plain_memory((0, 1 << 14))
         (self.view,) = self.memory.translate(0, 1 << 12)
-        self.driver = SplitDriverQueue(SIZE, self.view, 0, fences=Fences.none(), in_order=True)
-        self.device = self.queue()
-
-    def queue(self, base: int = 0) -> InOrderSplitQueue:
-        layout = SplitLayout(SIZE)
-        return InOrderSplitQueue(
-            SIZE,
-            self.memory,
-            self.view[: layout.desc_bytes],
-            self.view[layout.avail_offset :][: layout.avail_bytes],
-            self.view[layout.used_offset :][: layout.used_bytes],
-            fences=Fences.none(),
-            base=base,
+        self.driver = (
+            PackedDriverQueue(SIZE, self.view, 0, fences=Fences.none())
+            if packed
+            else SplitDriverQueue(SIZE, self.view, 0, fences=Fences.none(), in_order=True)
         )
+        self.device = self.queue(INITIAL_BASE if packed else 0)
+
+    def queue(self, base: int = 0) -> InOrderSplitQueue | InOrderPackedQueue:
+        sizes = part_sizes(self.packed, SIZE)
+        addresses = (self.driver.desc_addr, self.driver.avail_addr, self.driver.used_addr)
+        parts = [self.view[at:][:size] for at, size in zip(addresses, sizes, strict=True)]
+        kind = InOrderPackedQueue if self.packed else InOrderSplitQueue
+        return kind(SIZE, self.memory, *parts, fences=Fences.none(), base=base)
 
     def add(self, token: int, room: int = 16) -> None:
         self.driver.add([], [(0x2000, room)], token)
@@ -49,15 +54,19 @@ class Pair:
         self.view[at + 2 : at + 4] = index.to_bytes(2, "little")
 
 
-@given(st.lists(st.sampled_from(["add", "pop", "first", "last", "poll", "pause"]), max_size=60))
-def test_the_driver_sees_its_own_order(steps: list[str]) -> None:
-    pair = Pair()
+@given(st.booleans(), st.lists(st.sampled_from(["add", "pop", "first", "last", "poll", "pause", "die"]), max_size=60))
+def test_the_driver_sees_its_own_order(packed: bool, steps: list[str]) -> None:
+    pair = Pair(packed)
+    record = memoryview(bytearray(region_size(SIZE, packed=True)))
+    recorder = PackedInflight if packed else SplitInflight
+    initial = pair.device.next_base
+    pair.device.track(recorder(record))
     added = 0
     held: list[Chain] = []
     done: list[int] = []
     for step in steps:
-        if step == "add" and pair.driver.free_slots:
-            pair.add(added)
+        if step == "add" and pair.driver.free_slots > added % 3:
+            pair.driver.add([(0x2000, 8)] * (added % 3), [(0x2000, 16)], added)
             added += 1
         elif step == "pop":
             chain = pair.device.pop()
@@ -73,16 +82,25 @@ def test_the_driver_sees_its_own_order(steps: list[str]) -> None:
             old = pair.device
             pair.device = pair.queue(old.stop())
             pair.device.adopt(old)
+            pair.device.track(recorder(record))
+        elif step == "die":  # what was completed early is done again
+            pair.device = pair.queue(initial)
+            pair.device.track(recorder(record))
+            held.clear()
+            held += iter(pair.device.pop, None) if pair.device.recovered else ()
         assert pair.device.in_flight == len(held)
     pair.device.drain(lambda chain: 0)
     for chain in reversed(held):
         pair.device.push(chain.head)
+    assert pair.device.broken is None
+    assert pair.device.in_flight == 0
     done += [token for token, _ in pair.driver.poll()]
     assert done == list(range(added))
 
 
-def test_drain_keeps_the_order_and_signals() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("packed", [False, True])
+def test_drain_keeps_the_order_and_signals(packed: bool) -> None:
+    pair = Pair(packed)
     later: list[Chain] = []
 
     def serve(chain: Chain) -> int | None:

@@ -49,6 +49,7 @@ WITH_AN_ID: dict[str, tuple[list[Descriptor], list[Descriptor]]] = {
 }
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("name", WITH_AN_ID)
@@ -212,6 +213,7 @@ def test_any_ring_gives_chains_or_breaks(
     assert ring.device.in_flight == calls - returned
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @given(data=st.binary(min_size=136, max_size=136))
 def test_random_bytes_as_a_ring(queue: str, data: bytes) -> None:

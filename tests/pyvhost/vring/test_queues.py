@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
+import struct
 import threading
 import time
 import weakref
@@ -207,6 +208,110 @@ def test_chain_reads_and_writes_across_pieces(kind: Kind) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         chain.write(bytes(8), 1)
     assert "writable=8" in repr(chain)
+
+
+# Readable and writable parts: those that are read in one go, and others.
+SHAPES = [
+    ([6], [8]),
+    ([6], [5, 3]),
+    ([4, 2], [8]),
+    ([], [8]),
+    ([6], []),
+    ([3, 2, 1], [4, 4]),
+    ([6], [1, 2, 5]),
+]
+
+
+@each_kind
+@pytest.mark.parametrize(("out", "room"), SHAPES)
+@pytest.mark.parametrize("indirect", [0, 4])
+def test_chains_of_every_shape(kind: Kind, out: list[int], room: list[int], indirect: int) -> None:
+    pair = kind.pair(16, indirect=indirect)
+    data = bytes(range(1, 7))
+    for _ in range(2):  # the region is known the second time
+        pair.write(pair.data, data + bytes(100))
+        at, segments = pair.data, []
+        for length in (*out, *room):
+            segments.append((at, length))
+            at += length
+        pair.driver.add(segments[: len(out)], segments[len(out) :], "t")
+        chain = pair.device.pop()
+        assert chain is not None
+        assert (chain.readable_bytes, chain.writable_bytes) == (sum(out), sum(room))
+        assert [bytes(view) for view in chain.readable] == [pair.read(*s) for s in segments[: len(out)]]
+        assert all(view.readonly for view in chain.readable)
+        assert [len(view) for view in chain.writable] == room
+        for offset in range(8):
+            for length in (None, 0, 1, 3, 9):
+                expected = data[: sum(out)][offset:][:length]
+                assert chain.read(offset, length) == expected
+            for layout in (struct.Struct("<H"), struct.Struct("<BI")):
+                if offset + layout.size <= sum(out):
+                    assert chain.unpack(layout, offset) == layout.unpack_from(data, offset)
+                else:
+                    with pytest.raises(ValueError, match="readable bytes"):
+                        chain.unpack(layout, offset)
+        with pytest.raises(ValueError, match="offset"):
+            chain.read(-1)
+        with pytest.raises(ValueError, match="offset"):
+            chain.write(b"", -1)
+        with pytest.raises(ValueError, match="from -1 on"):
+            chain.unpack(struct.Struct("<B"), -1)
+        start = segments[len(out)][0] if room else pair.data
+        for offset in range(sum(room) + 1):
+            for length in range(sum(room) - offset + 1):
+                pair.write(start, bytes(8))
+                assert chain.write(b"x" * length, offset) == offset + length
+                assert pair.read(start, 8) == (bytes(offset) + b"x" * length).ljust(8, b"\0")
+            with pytest.raises(ValueError, match="do not fit"):
+                chain.write(bytes(sum(room) - offset + 1), offset)
+        pair.device.push(chain.head, sum(room))
+        assert pair.driver.poll() == [("t", sum(room))]
+
+
+@each_kind
+def test_a_handler_that_works_on_the_queue(kind: Kind) -> None:
+    """What is done while ``drain()`` goes on is not undone by it."""
+    pair = kind.pair(16)
+    for n in range(8):
+        pair.driver.add([(pair.data, 1)], [(pair.data, 4)], n)
+    heads: list[int] = []
+
+    def handler(chain: Chain) -> int | None:
+        heads.append(chain.head)
+        if len(heads) == 1:
+            return None
+        if len(heads) == 2:
+            other = pair.device.pop()
+            assert other is not None
+            pair.device.push(heads[0], 1)
+            pair.device.push(other.head, 3)
+            return 2
+        if len(heads) == 4:
+            pair.device.stop()
+            return None
+        return 4
+
+    assert pair.device.drain(handler) is False
+    assert pair.device.stopped
+    assert len(heads) == 4
+    assert pair.device.in_flight == 1
+    assert pair.driver.poll() == [(0, 1), (2, 3), (1, 2), (3, 4)]
+
+
+@each_kind
+def test_a_handler_that_stops_the_queue_cannot_complete(kind: Kind) -> None:
+    pair = kind.pair(4)
+    pair.driver.add([], [(pair.data, 4)], 1)
+
+    def handler(chain: Chain) -> int:
+        pair.device.stop()
+        return 0
+
+    with pytest.raises(StateError, match="stopped"):
+        pair.device.drain(handler)
+    assert pair.device.in_flight == 1
+    assert pair.driver.poll() == []
 
 
 @each_kind
@@ -659,3 +764,20 @@ def test_a_full_queue_says_so(kind: Kind) -> None:
     assert pair.driver.free_slots == 0
     with pytest.raises(QueueFull):
         pair.driver.add([(pair.data, 1)], [], 2)
+
+
+@each_kind
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_misaligned_parts(kind: Kind, part: int) -> None:
+    """By an odd number of bytes: a word of the ring could not be written by one access."""
+    pair = kind.pair(8)
+    spare = memoryview(bytearray(len(pair.parts[part]) + 1))
+    parts = list(pair.parts)
+    parts[part] = spare[1:]
+    base = kind.base(8, 0)
+    with pytest.raises(RingError, match="a part of the ring is misaligned"):
+        kind.factory(8, pair.memory, *parts, fences=Fences.none(), base=base)
+    with pytest.raises(RingError, match="a part of the ring is misaligned"):
+        pair.device.rebind(pair.memory, *parts)
+    pair.driver.add([(pair.data, 1)], [], "it goes on where it was")
+    assert pair.device.pop() is not None

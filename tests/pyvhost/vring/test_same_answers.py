@@ -14,6 +14,7 @@ from pyvhost.inflight import SplitInflight, region_size
 from pyvhost.testing import plain_memory
 from pyvhost.vring.api import Fences
 from pyvhost.vring.choice import has_compiled, part_sizes, queue_class
+from pyvhost.vring.packed_inflight import PackedInflight
 
 pytestmark = pytest.mark.skipif(not has_compiled(), reason="the compiled queue was not built")
 
@@ -31,7 +32,10 @@ steps = st.lists(
         st.just(("enable_notifications",)),
         # the driver's: a word of the ring
         st.tuples(st.just("poke"), st.integers(0, 127), st.integers(0, 9) | st.integers(0, 0xFFFF)),
+        # the frontend's: a word of the inflight region
+        st.tuples(st.just("scribble"), st.integers(0, 159), st.integers(0, 9) | st.integers(0, 0xFFFF)),
         st.just(("stop",)),
+        st.just(("pause",)),
         st.just(("restart",)),
     ),
     max_size=40,
@@ -48,11 +52,11 @@ def run(
     desc, avail, used = part_sizes(packed, size)
     used_at = desc + avail + 3 & ~3
     trace: list[Any] = []
-    record = memoryview(bytearray(region_size(8)))
+    record = memoryview(bytearray(region_size(8, packed=packed)))
     options = dict(options)
     inflight = options.pop("inflight", False)
 
-    def begin(base: int) -> Any:
+    def begin(base: int, paused: Any = None) -> Any:
         queue: Any = queue_class(packed, which)(
             size,
             memory,
@@ -64,8 +68,10 @@ def run(
             signal=lambda: trace.append("signal"),
             **options,
         )
+        if paused is not None:
+            queue.adopt(paused)
         if inflight:
-            queue.track(SplitInflight(record, 8))
+            queue.track(PackedInflight(record) if packed else SplitInflight(record))
         return queue
 
     try:
@@ -84,6 +90,14 @@ def run(
             except ProtocolError as e:
                 result = str(e)
             popped.clear()
+        elif name == "scribble":
+            at, value = arguments
+            record[2 * at % len(record) :][:2] = value.to_bytes(2, "little")
+        elif name == "pause":
+            try:
+                queue = begin(queue.stop(), queue)
+            except ProtocolError as e:
+                result = str(e)
         elif name == "push":
             head, written = arguments
             if head < 0 or (head < 4 and popped):
@@ -113,26 +127,29 @@ descriptor = st.tuples(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(
     size=st.sampled_from([1, 3, 4, 8]),
     base=st.sampled_from([0x8000_8000, 0, 0x0001_0001, 0x8002_0001]),
     indirect=st.booleans(),
     event_idx=st.booleans(),
+    inflight=st.booleans(),
     descs=st.lists(descriptor, min_size=1, max_size=8),
     program=steps,
 )
-def test_packed(size: int, base: int, indirect: bool, event_idx: bool, descs: list[Any], program: list[Any]) -> None:
+def test_packed(
+    size: int, base: int, indirect: bool, event_idx: bool, inflight: bool, descs: list[Any], program: list[Any]
+) -> None:
     content = b"".join(
         a.to_bytes(8, "little") + n.to_bytes(4, "little") + i.to_bytes(2, "little") + f.to_bytes(2, "little")
         for a, n, i, f in descs
     )
-    options = {"indirect": indirect, "event_idx": event_idx}
+    options = {"indirect": indirect, "event_idx": event_idx, "inflight": inflight}
     arguments: Any = (True, size, base, options, content, program)
     assert run("pure", *arguments) == run("compiled", *arguments)
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(
     size=st.sampled_from([1, 3, 4, 8]),
     base=st.sampled_from([0, 1, 0xFFFE, 0xFFFF]),

@@ -47,7 +47,8 @@ def test_weak_memory_orders_are_fenced() -> None:
     assert fences == [
         *("order", "full"),  # add, kick_needed
         *("order", "order", "order"),  # pop, push, pop
-        *("full", "order"),  # enable_notifications; enough for the signal, too
+        "full",  # notify
+        *("full", "order"),  # enable_notifications
         "order",  # poll
     ]
 

@@ -133,9 +133,11 @@ WITH_A_HEAD: list[Callable[[RawRing], None]] = [
 ]
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("evil", WITH_A_HEAD, ids=lambda f: f.__name__)
+@pytest.mark.fault("broken-ring")
 def test_a_bad_chain_is_returned_and_breaks_the_queue(
     queue: str, evil: Callable[[RawRing], None], event_idx: bool
 ) -> None:
@@ -169,6 +171,7 @@ def test_indirect_needs_negotiation(queue: str) -> None:
     assert "not negotiated" in str(ring.device.broken)
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @each_queue
 @pytest.mark.parametrize("head", [8, 0xFFFF])
 def test_a_wild_head_is_not_returned(queue: str, head: int) -> None:
@@ -312,8 +315,10 @@ def test_any_ring_gives_chains_or_breaks(
     assert returned + ring.device.in_flight in (calls, calls + broken)
 
 
+@pytest.mark.requirement("DEV-QUE-8")
 @given(st.binary(min_size=300, max_size=300))
 @each_queue
+@pytest.mark.fault("broken-ring")
 def test_random_bytes_as_a_ring(queue: str, data: bytes) -> None:
     ring = raw(queue)
     ring.view[:] = data[: len(ring.view)]

@@ -173,11 +173,13 @@ class TestSupplicants:
         assert [one.time for one in seen] == sorted(one.time for one in seen)
         assert not any(tee.usage().values())
 
+    @pytest.mark.fault("no-supplicant")
     def test_none(self, keys: package.KeyPair) -> None:
         with TeeRuntime(soft(keys)) as runtime:
             context = runtime.call(OpenContext()).value
             assert runtime.call(OpenSession(context=context, uuid=HELLO)).code == Result.COMMUNICATION
 
+    @pytest.mark.fault("restarted-supplicant")
     def test_killed_and_started_again(self, folder: Path, keys: package.KeyPair) -> None:
         process = SupplicantProcess([folder])
         with TeeRuntime(soft(keys), process) as runtime:
@@ -222,6 +224,7 @@ class Slow(Supplicant):
 
 class TestSlowService:
     @pytest.mark.parametrize("command", [RpcCommand.LOAD_TA, RpcCommand.SHM_ALLOC])
+    @pytest.mark.fault("slow-supplicant")
     def test_holds_nobody_else_and_is_withdrawn(self, tmp_path: Path, keys: package.KeyPair, command: int) -> None:
         (tmp_path / f"{HELLO}.ta").write_bytes(package.sign(examples.source("hello_world"), HELLO, 1, keys.private))
         slow = Slow(command, tmp_path)
@@ -323,6 +326,7 @@ class Refusing:
         return {}
 
 
+@pytest.mark.requirement("DRV-RPC-4")
 def test_memory_that_the_tee_could_not_take_is_freed() -> None:
     supplicant = Supplicant()
     seen: list[str] = []
@@ -330,6 +334,26 @@ def test_memory_that_the_tee_could_not_take_is_freed() -> None:
         runtime.call(OpenSession(context=None, uuid=HELLO))
         until(lambda: "withdrawn" in seen and supplicant.shared_memory == (0, 0))
     assert "answer" in seen
+
+
+class Withdrawing(Refusing):
+    """It takes memory, and then no longer waits for it to be freed."""
+
+    def answer(self, rpc: Rpc, reply: RpcReply) -> None:
+        if rpc is self.rpc:
+            given = [param for param in reply.params if isinstance(param, MemRef)]
+            free = Rpc(RpcCommand.SHM_FREE, [Value(Direction.IN), *given])
+            self.events += [free, RpcWithdrawn(free)]
+
+
+@pytest.mark.requirement("DRV-RPC-4")
+def test_a_shm_free_that_is_withdrawn_is_carried_out() -> None:
+    supplicant = Supplicant()
+    seen: list[str] = []
+    with TeeRuntime(Withdrawing(), supplicant, lambda one: seen.append(one.kind)) as runtime:
+        runtime.call(OpenSession(context=None, uuid=HELLO))
+        until(lambda: "withdrawn" in seen and supplicant.shared_memory == (0, 0))
+    assert seen.count("rpc") == 2
 
 
 class Broken:

@@ -94,6 +94,8 @@ def child(behave: str, **options: Any) -> Iterator[SupplicantProcess]:
         process.close()
 
 
+@pytest.mark.requirement("DRV-RPC-2")
+@pytest.mark.fault("restarted-supplicant")
 def test_dies_in_an_rpc() -> None:
     with child("os.kill(os.getpid(), 9)") as process:
         pool = Pool()
@@ -102,6 +104,7 @@ def test_dies_in_an_rpc() -> None:
         assert pool.held == []
 
 
+@pytest.mark.requirement("DRV-RPC-2")
 def test_all_outstanding_rpcs_are_answered_when_it_dies() -> None:
     with child("print('x', end='', flush=True); time.sleep(100)") as process:
         codes: list[int] = []
@@ -137,6 +140,7 @@ def test_all_outstanding_rpcs_are_answered_when_it_dies() -> None:
         "s.sendall(p.Frame(f.id, 0, [p.WireParam(1), p.WireParam(6, 2, 1)]).pack()); time.sleep(100)",
     ],
 )
+@pytest.mark.fault("lying-supplicant")
 def test_nonsense_ends_it(answer: str) -> None:
     with child(answer) as process:
         target = MemRef(Direction.OUT, Memory.of(bytearray(4)), 0, 4)
@@ -155,6 +159,7 @@ def test_nonsense_ends_it(answer: str) -> None:
         "p.WireParam(1, 0, 10, 5)",
     ],
 )
+@pytest.mark.fault("lying-supplicant")
 def test_lies_in_shm_alloc(param: str) -> None:
     with child(f"s.sendall(p.Frame(f.id, 0, [{param}]).pack()); time.sleep(100)") as process:
         pool = Pool()

@@ -294,6 +294,25 @@ class TestCancel:
         bench.tee.cancel(call)
         assert bench.finish(call).code == Result.CANCEL
 
+    def test_one_run_is_short_whatever_there_is_to_do(self) -> None:
+        class Slow(TrustedApplication):
+            uuid = UUID(int=103)
+
+            async def invoke(self, session: None, command: int, params: Parameters) -> None:
+                self.env.unmask_cancellation()
+                while True:
+                    bench.now += 0.001
+                    await self.env.checkpoint()
+
+        bench = Bench(built_in={Slow.uuid: Slow})
+        session = bench.session(bench.context(), Slow.uuid)
+        before = bench.now
+        call = bench.start(Invoke(session=session, func=0))
+        assert bench.tee.run() == 0
+        assert bench.now - before < 0.005
+        bench.tee.cancel(call)
+        assert bench.finish(call).code == Result.CANCEL
+
     def test_masked_is_not_reached(self, diary: Bench) -> None:
         session = diary.session(diary.context(), Diary.uuid)
         call = diary.start(Invoke(session=session, func=0, params=[Value(IN, 2)]))

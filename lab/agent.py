@@ -9,9 +9,6 @@ import queue
 import socket
 import threading
 import time
-from pathlib import Path
-
-from lab.run import connect
 
 
 class AgentError(Exception):
@@ -19,10 +16,11 @@ class AgentError(Exception):
 
 
 class AgentClient:
-    """Requests from any thread; one thread of its own reads the answers."""
+    """Requests from any thread; one thread of its own reads the answers. `port` leads to the agent, and is closed by
+    `close()`."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = connect(path)
+    def __init__(self, port: socket.socket) -> None:
+        self._socket = port
         self._ids = itertools.count(1)
         self._writing = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[dict[str, object] | None]] = {}
