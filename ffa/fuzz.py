@@ -206,7 +206,8 @@ class Fuzzer:
         if not mine:
             return [(self.world.bases[id], 1)]
         chosen = rng.sample(mine, min(len(mine), rng.choice((1, 1, 2, 3, 6))))
-        return abi.ranges_of(sorted(chosen))
+        twice = rng.random() < 0.03
+        return abi.ranges_of(sorted(chosen)) * (1 + twice)
 
     def _send(self, id: int) -> Step:
         rng = self.rng

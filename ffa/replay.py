@@ -245,25 +245,31 @@ class Replay:
 
     def run(self) -> Report:
         """Replays every call in the order in which the secure world answered. Never raises for what a trace holds."""
-        items = self._exchanges()
-        for position, exchange in enumerate(items):
+        events = self._events()
+        gets = [e for e, done in events if e is not None and done and e.request.frame.fid == _GET]
+        for exchange, done in events:
             if exchange is None:
                 self.model = _Model(self.profile, self.cpus)
+            elif not done:
+                self._use(exchange)
             else:
-                self._judge(exchange, [e for e in items[position + 1 :] if e is not None])
+                while gets and gets[0].done < exchange.done:
+                    del gets[0]
+                self._judge(exchange, gets[0] if gets else None)
         return self.report
 
-    def _exchanges(self) -> list[Exchange | None]:
-        """Calls with their answers, each CPU's paired on its own; None where the machine was started anew."""
+    def _events(self) -> list[tuple[Exchange | None, bool]]:
+        """Calls, paired with their answers on each CPU for itself: when they were made (False), and when the secure
+        world had answered (True); None where the machine was started anew."""
         open_calls: dict[int, Exchange] = {}
         boot: dict[int, Record] = {}
-        out: list[tuple[float, Exchange | None]] = []
+        out: list[tuple[float, Exchange | None, bool]] = []
         seen = False
         for position, record in enumerate(self.records):
             self._named(record)
             if record.way == ("S", "EL3") and record.x[0] == fid(Call.SPM_ID_GET) and record.cpu not in open_calls:
                 if seen:
-                    out.append((position - 0.5, None))
+                    out.append((position - 0.5, None, True))
                     open_calls.clear()
                 seen = False
             current = open_calls.get(record.cpu)
@@ -272,13 +278,14 @@ class Replay:
                 if current is not None:
                     self.report.unanswered += 1
                 open_calls[record.cpu] = Exchange(record, done=position)
+                out.append((position, open_calls[record.cpu], False))
             elif current is None:
                 self._boot(record, boot)
             elif record.way == ("EL3", "NS"):
                 current.answer = record
                 if current.relayed(("S", "EL3")) is None:
                     current.done = position
-                out.append((current.done, current))
+                out.append((current.done, current, True))
                 del open_calls[record.cpu]
             else:
                 current.inner.append(record)
@@ -286,7 +293,7 @@ class Replay:
                     current.done = position
         self.report.unanswered += len(open_calls)
         out.sort(key=lambda item: item[0])
-        return [exchange for _, exchange in out]
+        return [(exchange, done) for _, exchange, done in out]
 
     # -- what is compared
 
@@ -306,7 +313,7 @@ class Replay:
             if computed is not None and record.x != computed[: len(record.x)]:
                 self._differ(record, record.call, "boot", record.frame, computed)
 
-    def _judge(self, exchange: Exchange, later: Sequence[Exchange]) -> None:
+    def _judge(self, exchange: Exchange, next_get: Exchange | None) -> None:
         request, recorded = exchange.request, exchange.answer
         frame = request.frame
         if recorded is None or not _is_ffa(frame.fid):
@@ -315,7 +322,7 @@ class Replay:
         call = found[0].call if found else None
         secure = exchange.relayed(("S", "EL3")) or recorded
         self._from_trace = 0
-        self._prepare(exchange, call, secure.frame, later)
+        self._prepare(exchange, call, secure.frame, next_get)
         computed = self.model.spmc.call(0, frame, max(request.cpu, 0))
         if self.model.taken:
             self._from_trace += 2
@@ -369,7 +376,7 @@ class Replay:
 
     # -- what comes from the trace
 
-    def _prepare(self, exchange: Exchange, call: Call | None, secure: Frame, later: Sequence[Exchange]) -> None:
+    def _prepare(self, exchange: Exchange, call: Call | None, secure: Frame, next_get: Exchange | None) -> None:
         """Gives the model what only the trace knows of this call."""
         model, frame = self.model, exchange.request.frame
         model.offered, model.taken, model.partition.words = None, False, ()
@@ -382,9 +389,9 @@ class Replay:
             if secure.fid == response_to(frame.fid):
                 model.partition.words = tuple(secure[3:8])
                 self._from_trace += 5
-            self._use(exchange, frame, secure)
+            self._let_go(frame, secure)
         elif call in (Call.NOTIFICATION_INFO_GET, Call.NOTIFICATION_GET) and secure.ok:
-            self._raise(call, frame, secure, later)
+            self._raise(call, secure, next_get)
 
     def _descriptor(self, exchange: Exchange, frame: Frame) -> bytes:
         """The first fragment of a memory transaction: as recorded; what was not recorded of it is made up."""
@@ -395,8 +402,11 @@ class Replay:
             head = abi.Transaction(0, (abi.Receiver(OPTEE_ID, 2),), ATTRIBUTES_NORMAL)
             count = max(total - len(abi.build(version, head, ())), 0) // abi.RANGE_SIZE
             ranges = [(UNRECORDED + 2 * n * PAGE_SIZE, 1) for n in range(min(count, 1 << 16))]
+            blob = abi.build(version, head, ranges)
+            left = max(len(blob) - size, 0) // abi.RANGE_SIZE
+            self.model.missing[-1] = (left, left)
             self._from_trace += 1
-            return abi.build(version, head, ranges)[:size]
+            return blob[:size]
         try:
             head = abi.parse(data, version)
             composite = abi.parse_composite(data, head.receivers[0].composite)
@@ -422,24 +432,24 @@ class Replay:
         self._from_trace += 1
         return made + bytes(size - len(made))
 
-    def _use(self, exchange: Exchange, frame: Frame, secure: Frame) -> None:
-        """What OP-TEE does with memory: it holds what a call names until UNREGISTER_SHM."""
-        service = frame[3] & 0xFFFF_FFFF
-        handle = pair(frame[4], frame[5])
-        if frame[1] & 0xFFFF != OPTEE_ID or frame[2] & 0xFFFF_FFFF:
-            return
-        if service == _CALL_WITH_ARG:
-            for used in (handle, *_handles_in_arg(exchange.bytes_of("msg_arg_in"))):
+    def _use(self, exchange: Exchange) -> None:
+        """A call is being made: OP-TEE holds the memory that it names, until UNREGISTER_SHM."""
+        frame = exchange.request.frame
+        if _service(frame) == _CALL_WITH_ARG:
+            for used in (pair(frame[4], frame[5]), *_handles_in_arg(exchange.bytes_of("msg_arg_in"))):
                 self.model.hold(used)
-        elif service == _UNREGISTER_SHM and secure.fid == response_to(frame.fid) and not secure[3] & 0xFFFF_FFFF:
-            self.model.let_go(handle)
 
-    def _raise(self, call: Call, frame: Frame, secure: Frame, later: Sequence[Exchange]) -> None:
+    def _let_go(self, frame: Frame, secure: Frame) -> None:
+        """OP-TEE has answered UNREGISTER_SHM, with 0 if it let go."""
+        if _service(frame) == _UNREGISTER_SHM and secure.fid == response_to(frame.fid) and not secure[3] & 0xFFFF_FFFF:
+            self.model.let_go(pair(frame[4], frame[5]))
+
+    def _raise(self, call: Call, secure: Frame, next_get: Exchange | None) -> None:
         """The partition has raised notifications, as the answers tell: those of them that are bound become pending."""
         receiver = self.model.spmc.vms.get(0)
         if receiver is None:
             return
-        bits = pair(secure[2], secure[3]) if call is Call.NOTIFICATION_GET else _next_bits(later)
+        bits = pair(secure[2], secure[3]) if call is Call.NOTIFICATION_GET else _bits(next_get)
         new = bits & ~receiver.from_sp.any_pending
         if not new or (call is Call.NOTIFICATION_INFO_GET and receiver.from_sp.pending):
             return
@@ -481,6 +491,7 @@ class Replay:
 
 
 _CALL_WITH_ARG, _UNREGISTER_SHM = 0x8000_0000, 3
+_GET = fid(Call.NOTIFICATION_GET)
 
 _BOOT = {
     fid(Call.SPM_ID_GET): Frame.success(SPMD_ID),
@@ -524,13 +535,18 @@ def _bare_region(call: Call, answer: Frame) -> Region:
     return region
 
 
-def _next_bits(later: Sequence[Exchange]) -> int:
-    """The notifications that the next FFA_NOTIFICATION_GET gave."""
-    for exchange in later:
-        if exchange.request.frame.fid == fid(Call.NOTIFICATION_GET) and exchange.answer is not None:
-            found = (exchange.relayed(("S", "EL3")) or exchange.answer).frame
-            return pair(found[2], found[3]) if found.ok else 0
-    return 0
+def _bits(get: Exchange | None) -> int:
+    """The notifications that an FFA_NOTIFICATION_GET gave."""
+    if get is None or get.answer is None:
+        return 0
+    found = (get.relayed(("S", "EL3")) or get.answer).frame
+    return pair(found[2], found[3]) if found.ok else 0
+
+
+def _service(frame: Frame) -> int | None:
+    """Which of OP-TEE's services a direct request asks for."""
+    asks = frame.fid == fid(Call.MSG_SEND_DIRECT_REQ) and frame[1] & 0xFFFF == OPTEE_ID and not frame[2] & 0xFFFF_FFFF
+    return frame[3] & 0xFFFF_FFFF if asks else None
 
 
 _FMEM = range(5, 8)

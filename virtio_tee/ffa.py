@@ -16,7 +16,9 @@ def ffa() -> None:
 
 
 @ffa.command()
-@click.argument("traces", metavar="TRACE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "traces", metavar="TRACE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: counts, differences, and what each answer took.")
 def replay(traces: tuple[Path, ...], as_json: bool) -> None:
     """Hold recorded calls of a real normal world against our SPMC.

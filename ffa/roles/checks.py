@@ -8,7 +8,7 @@ what it belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ffa.abi import transactions as abi
@@ -70,18 +70,28 @@ class Sending:
     total: int  #: bytes of the whole descriptor
     buf: bytes  #: its first fragment
     own: bool  #: this manager keeps the sender's pages, and so checks them
-    descriptor: abi.Transaction = field(default_factory=lambda: abi.Transaction(0, ()))
-    composite: abi.Composite = field(default_factory=lambda: abi.Composite(0, 0, 0))
+    _descriptor: abi.Transaction | None = None
+    _composite: abi.Composite | None = None
+
+    @property
+    def descriptor(self) -> abi.Transaction:
+        """The descriptor without its ranges. Raises FfaError."""
+        if self._descriptor is None:
+            self._descriptor = abi.parse(self.buf, self.version)
+        return self._descriptor
+
+    @property
+    def composite(self) -> abi.Composite:
+        """What stands before the ranges, where the first receiver says. Raises FfaError."""
+        if self._composite is None:
+            receivers = self.descriptor.receivers
+            self._composite = abi.parse_composite(self.buf, receivers[0].composite if receivers else 0)
+        return self._composite
 
     @property
     def shared_attributes(self) -> bool:
         """Whether the sender names the memory's attributes, rather than the one receiver."""
         return self.call is Call.MEM_SHARE or (self.call is Call.MEM_LEND and len(self.descriptor.receivers) > 1)
-
-
-def _parse(s: Sending) -> bool:
-    s.descriptor = abi.parse(s.buf, s.version)
-    return False
 
 
 def _attributes_denied(attributes: int) -> bool:
@@ -112,10 +122,7 @@ def _may_send(call: Call, receiver: abi.Receiver) -> bool:
 def _composite(s: Sending) -> bool:
     offsets = {r.composite for r in s.descriptor.receivers}
     offset = next(iter(offsets), 0)
-    if len(offsets) != 1 or offset < s.descriptor.end or offset % 16:
-        return True
-    s.composite = abi.parse_composite(s.buf, offset)
-    return False
+    return len(offsets) != 1 or offset < s.descriptor.end or offset % 16 != 0 or s.composite is None
 
 
 def _length(s: Sending) -> bool:
@@ -129,7 +136,7 @@ def _cut(s: Sending) -> bool:
 _INVALID, _DENIED = Error.INVALID_PARAMETERS, Error.DENIED
 
 SEND: tuple[Check[Sending], ...] = (
-    Check("the descriptor does not fit or has reserved fields set", _INVALID, _parse),
+    Check("the descriptor does not fit or has reserved fields set", _INVALID, lambda s: s.descriptor is None),
     Check("the NS attribute is set", _INVALID, lambda s: bool(s.descriptor.attributes & ATTRIBUTE_NS)),
     Check("reserved attributes are set", _INVALID, lambda s: s.descriptor.attributes > 0x7F),
     Check(
@@ -192,35 +199,45 @@ class Ranges:
     region: Region
     data: bytes
     own: bool
+    _ranges: list[abi.AddressRange] | None = None
+    _pages: list[int] | None = None
 
+    @property
+    def ranges(self) -> list[abi.AddressRange]:
+        """The ranges. Raises FfaError."""
+        if self._ranges is None:
+            self._ranges = abi.parse_ranges(self.data)
+        return self._ranges
 
-def _parse_ranges(r: Ranges) -> bool:
-    r.region.ranges = abi.parse_ranges(r.data)
-    return False
+    @property
+    def pages(self) -> list[int]:
+        """All page numbers: bounded, since all of them exist, and their number is under quota."""
+        if self._pages is None:
+            self._pages = abi.page_numbers(self.ranges)
+        return self._pages
 
 
 def _missing(r: Ranges) -> bool:
-    return None in r.transactions.machine.regions_of(r.region.ranges)
+    return None in r.transactions.machine.regions_of(r.ranges)
 
 
 def _overlap(r: Ranges) -> bool:
-    r.region.pages = abi.page_numbers(r.region.ranges)  # bounded: all pages exist, and their number is under quota
-    return r.transactions.profile.owner_checks and len(set(r.region.pages)) < len(r.region.pages)
+    return r.transactions.profile.owner_checks and len(set(r.pages)) < len(r.pages)
 
 
 def _world(r: Ranges) -> bool:
     sender = r.region.descriptor.sender
-    secure = any(g.secure for g in r.transactions.machine.regions_of(r.region.ranges) if g is not None)
+    secure = any(g.secure for g in r.transactions.machine.regions_of(r.ranges) if g is not None)
     return secure and (not is_secure(sender) or any(not is_secure(b) for b in r.region.borrowers))
 
 
 def _not_owned(r: Ranges) -> bool:
-    states = r.transactions.machine.states_of(r.region.pages)
+    states = r.transactions.machine.states_of(r.pages)
     return states != {exclusive(r.region.descriptor.sender)}
 
 
 RANGES: tuple[Check[Ranges], ...] = (
-    Check("a range is cut, unaligned, empty or beyond the address space", _INVALID, _parse_ranges),
+    Check("a range is cut, unaligned, empty or beyond the address space", _INVALID, lambda r: r.ranges is None),
     Check(
         "the ranges' pages are not the total", _INVALID, lambda r: r.region.total != sum(n for _, n in r.region.ranges)
     ),
@@ -229,7 +246,7 @@ RANGES: tuple[Check[Ranges], ...] = (
     Check(
         "device memory",
         _DENIED,
-        lambda r: any(g is not None and g.device for g in r.transactions.machine.regions_of(r.region.ranges)),
+        lambda r: any(g is not None and g.device for g in r.transactions.machine.regions_of(r.ranges)),
     ),
     Check("secure memory of, or for, the normal world", _DENIED, _world),
     Check("a page that is not the sender's alone", _DENIED, lambda r: r.own and _not_owned(r)),

@@ -180,7 +180,9 @@ class Transactions:
 
     def finish(self, region: Region) -> None:
         """All ranges have come: checks them and their pages. Raises FfaError."""
-        checks.run(self.checks.ranges, checks.Ranges(self, region, bytes(region.data), region.own))
+        ranges = checks.Ranges(self, region, bytes(region.data), region.own)
+        checks.run(self.checks.ranges, ranges)
+        region.ranges, region.pages = ranges.ranges, ranges.pages
         region.complete = True
         region.data = bytearray()
 
