@@ -352,7 +352,10 @@ class Fuzzer:
         seen = self._descriptor(step)
         answer = caller.send(step.frame, self.rng.randrange(2))
         self._well_formed(step, answer)
-        self._account(step, answer, seen)
+        try:
+            self._account(step, answer, seen)
+        except (FfaError, LookupError, StopIteration) as e:
+            raise InvariantError(f"a success that makes no sense ({e!r}): {step} -> {answer!r}") from None
         self._compare(step, answer)
         return answer
 

@@ -131,17 +131,15 @@ def infos_in_registers(infos: Sequence[PartitionInfo], first: int, with_uuid: bo
     return Frame(fid(Call.SUCCESS, True), 0, *words)
 
 
-def infos_from_registers(answer: Frame) -> tuple[list[PartitionInfo], int, int]:
-    """Entries of such an answer, the last index in it and the last index overall."""
+def infos_from_registers(answer: Frame, first: int) -> tuple[list[PartitionInfo], int]:
+    """Entries of the answer to a call that asked for those from index ``first`` on, and the last index overall."""
     current, last = answer[2] >> 16 & 0xFFFF, answer[2] & 0xFFFF
     found = []
-    for x in range(3, 18, 3):
+    for x in range(3, 3 + 3 * min(max(current - first + 1, 0), INFOS_IN_REGISTERS), 3):
         head = answer[x]
-        if not head:
-            break
         uuid = uuid_from_halves(answer[x + 1], answer[x + 2])
         found.append(PartitionInfo(head & 0xFFFF, head >> 16 & 0xFFFF, head >> 32, uuid))
-    return found, current, last
+    return found, last
 
 
 # -- FFA_NOTIFICATION_INFO_GET

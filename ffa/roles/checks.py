@@ -238,9 +238,7 @@ def _not_owned(r: Ranges) -> bool:
 
 RANGES: tuple[Check[Ranges], ...] = (
     Check("a range is cut, unaligned, empty or beyond the address space", _INVALID, lambda r: r.ranges is None),
-    Check(
-        "the ranges' pages are not the total", _INVALID, lambda r: r.region.total != sum(n for _, n in r.region.ranges)
-    ),
+    Check("the ranges' pages are not the total", _INVALID, lambda r: r.region.total != sum(n for _, n in r.ranges)),
     Check("a range without memory", _DENIED, _missing),
     Check("a page named twice", _INVALID, _overlap),
     Check(
