@@ -34,6 +34,8 @@ from ffa.roles.spmc import ForwardedMap, Spmc
 from ffa.roles.transactions import Handles, Region
 
 _INVALID = Error.INVALID_PARAMETERS
+_CPUS = 256
+"""Calls below that may be open at once."""
 
 
 class Hypervisor(Manager):
@@ -57,8 +59,10 @@ class Hypervisor(Manager):
         """Raises RuntimeError if ``below`` refuses to work with it."""
         super().__init__(HYPERVISOR_ID, machine, profile, handles or Handles(hypervisor=True))
         self.below = below
-        self.port = Endpoint(HYPERVISOR_ID, machine, version=profile.version)
+        self.port = Endpoint(HYPERVISOR_ID, machine, version=profile.version, contexts=_CPUS)
         self.partitions_below: list[messages.PartitionInfo] = []
+        self.scheduler: int | None = None  #: the VM that may run others, and hears of their notifications
+        self._preempted: dict[tuple[int, int], int] = {}  #: partition and context → VM whose request was interrupted
         self.maps_below = False  #: VMs' buffers are mapped below too, which then owns their RX
         self._answers: dict[tuple[int, int], tuple[bytes, int]] = {}  #: (handle, VM) → retrieve response, bytes read
         self._heard: dict[int, set[int | None]] = {}  #: VM → what INFO_GET below has told of, not yet passed on
@@ -177,15 +181,27 @@ class Hypervisor(Manager):
             raise FfaError(Error.BUSY)
         before, who.contexts[vcpu] = who.contexts[vcpu], Context.BLOCKED
         try:
-            return self.port.send(x, vcpu)
+            return self._preemptible(who, self.port.send(x, vcpu))
         finally:
             who.contexts[vcpu] = before
 
+    def _preemptible(self, who: Served, answer: Frame) -> Frame:
+        """Notes whose request a partition was interrupted in, if it was: nobody else may resume it."""
+        if answer.fid in (fid(Call.INTERRUPT), fid(Call.YIELD)):
+            self._preempted[answer[1] >> 16 & 0xFFFF, answer[1] & 0xFFFF] = who.id
+        return answer
+
     def run(self, who: Served, x: Frame, vcpu: int) -> Frame:
-        """Partitions are run below."""
-        if is_secure(x[1] >> 16 & 0xFFFF) and self.below is not None:
-            return self.port.send(x, vcpu)
-        return super().run(who, x, vcpu)
+        """Partitions are run below, by the VM whose request was interrupted; VMs by the scheduler alone."""
+        target = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
+        if not is_secure(target[0]) or self.below is None:
+            if who.id != self.scheduler:
+                raise FfaError(Error.DENIED, "for the scheduler only")
+            return super().run(who, x, vcpu)
+        if self._preempted.get(target) != who.id and (target in self._preempted or who.id != self.scheduler):
+            raise FfaError(Error.DENIED, "not interrupted in a request of the caller's")
+        self._preempted.pop(target, None)
+        return self._preemptible(who, self.port.send(x, vcpu))
 
     def pass_on(self, who: Served, message: messages.Message) -> None:
         """Messages to partitions go below: in the VM's TX, which the SPMC reads, or else in the hypervisor's own."""
@@ -236,18 +252,36 @@ class Hypervisor(Manager):
         return tuple(a | b for a, b in zip(mine, answer[2:8], strict=True))
 
     def pending(self, who: Served) -> list[messages.PendingList]:
-        """A VM hears of itself alone, and of what the SPMC has for it."""
+        """A VM hears of itself alone, the scheduler of all; of what is here, and of what the SPMC has."""
         more = self.below is not None
         while more:
             answer = self.port.call(Call.NOTIFICATION_INFO_GET, smc64=True)
             more = answer.ok and bool(answer[2] & 1)
             for vm, vcpus in messages.parse_pending(answer)[0] if answer.ok else ():
                 self._heard.setdefault(vm, set()).update(vcpus or (None,))
-        own = super().pending(who)
-        heard = self._heard.pop(who.id, set())
-        several = sorted({v for _, group in own for v in group} | {v for v in heard if v is not None})
-        lists = [(who.id, tuple(several[n : n + 3])) for n in range(0, len(several), 3)]
-        return lists or ([(who.id, ())] if own or heard else [])
+        found: dict[int, set[int | None]] = {}
+        for id, vcpus in super().pending(who):
+            found.setdefault(id, set()).update(vcpus or (None,))
+        for s in self.schedules(who):
+            if s.id in self._heard:
+                found.setdefault(s.id, set()).update(self._heard[s.id])
+        out: list[messages.PendingList] = []
+        for id, told in found.items():
+            vcpus = sorted(v for v in told if v is not None)
+            out += [(id, tuple(vcpus[n : n + 3])) for n in range(0, len(vcpus), 3)] or [(id, ())]
+        return out
+
+    def schedules(self, who: Served) -> list[Served]:
+        """The scheduler hears of all VMs."""
+        return list(self.served.values()) if who.id == self.scheduler else [who]
+
+    def mark_listed(self, endpoint: int, vcpus: tuple[int, ...]) -> None:
+        """INFO_GET has told of them, whoever had them."""
+        super().mark_listed(endpoint, vcpus)
+        heard = self._heard.get(endpoint, set())
+        heard -= {None, *vcpus}
+        if not heard:
+            self._heard.pop(endpoint, None)
 
     # -- memory
 

@@ -38,7 +38,7 @@ from ffa.abi.ids import (
 )
 from ffa.roles.endpoint import Endpoint, response_to
 from ffa.roles.machine import AccessFaultError, Machine, buffer_of, exclusive
-from ffa.roles.machines import CONTEXT, Context, ContextEvent, Rx, RxEvent
+from ffa.roles.machines import CONTEXT, Context, ContextEvent, Rx
 from ffa.roles.mailbox import Mailbox
 from ffa.roles.notifications import Bitmap
 from ffa.roles.profile import Profile
@@ -148,6 +148,7 @@ HANDLERS: dict[Call, Handler] = {
     Call.MEM_PERM_GET: Handler(_SP, "mem_perm_get", 3),
     Call.MEM_PERM_SET: Handler(_SP, "mem_perm_set", 4),
     Call.CONSOLE_LOG: Handler(_ALL, "console_log"),
+    Call.SECONDARY_EP_REGISTER: Handler(_SP, "secondary_ep_register", 2),
 }
 """Function → how it is answered. FFA_FEATURES reads this table too."""
 
@@ -261,6 +262,8 @@ class Manager:
             return function.exists(who.version, smc64)
         if function.call in (Call.MEM_PERM_GET, Call.MEM_PERM_SET) and not who.endpoint.el0:
             return False
+        if function.call is Call.SECONDARY_EP_REGISTER and len(who.contexts) == 1:
+            return False
         return self._handler(who, function, smc64) is not None
 
     def _interrupt(self, who: Served, feature: int) -> int | None:
@@ -277,7 +280,8 @@ class Manager:
     def _features_retrieve(self, who: Served, asked: int) -> tuple[int, ...]:
         if who.version >= VERSION_1_1 and is_secure(who.id) and not asked & 2:
             raise FfaError(Error.NOT_SUPPORTED, "the caller must use the NS bit")
-        return (int(self.profile.dynamic_buffers) | (2 if who.version >= VERSION_1_1 else 0), 0)
+        hypervisor = 4 if who.kind is Kind.OS else 0
+        return (int(self.profile.dynamic_buffers) | (2 if who.version >= VERSION_1_1 else 0) | hypervisor, 0)
 
     _PROPERTIES: ClassVar[dict[Call, Callable[[Manager, Served, int], tuple[int, ...]]]] = {
         Call.RXTX_MAP: _features_rxtx,
@@ -537,8 +541,8 @@ class Manager:
             raise FfaError(_INVALID)
         if who.message is not None:
             return self.msg_poll(who, x, vcpu)
-        if not x[2] and who.mailbox is not None and who.mailbox.step(RxEvent.RELEASE):
-            who.mailbox.held = 0
+        if not x[2] and who.mailbox is not None and who.mailbox.state is not Rx.EMPTY:
+            who.mailbox.release()
         return Frame(_INTERRUPT, who.id << 16 | vcpu)
 
     # -- notifications
@@ -757,6 +761,11 @@ class Manager:
         request = abi.parse(buf, who.version)
         if request.end != size:
             raise FfaError(_INVALID, "the request's length is not that of its receivers")
+        described = self.describe_all(who, request, box.size)
+        if described is not None:
+            self.deliver(who, described)
+            self.consumed(who, size, address)
+            return Frame.of(Call.MEM_RETRIEVE_RESP, len(described), len(described))
         actor = self.actor(who, [r.endpoint for r in request.receivers])
         region = self.transactions.look_at_retrieve(actor, request)
         answer = self.transactions.describe(region, _asked(request, actor), who.version)
@@ -765,6 +774,10 @@ class Manager:
         box.deliver(part)
         self.consumed(who, size, address)
         return Frame.of(Call.MEM_RETRIEVE_RESP, len(answer), len(part))
+
+    def describe_all(self, who: Served, request: abi.Transaction, size: int) -> bytes | None:
+        """The answer to who may look at a transaction without taking part in it; None for others. Raises FfaError."""
+        return None
 
     def actor(self, who: Served, named: Sequence[int]) -> int:
         """The borrower that a call is about: the caller. Raises FfaError."""
@@ -839,7 +852,13 @@ class Manager:
         who.pages.update(dict.fromkeys(pages, x[3] & MASK32))
         return Frame.success()
 
-    # -- debugging
+    # -- others
+
+    def secondary_ep_register(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """FFA_SECONDARY_EP_REGISTER: where the other contexts of a partition begin. There is nothing to begin here."""
+        if len(who.contexts) == 1:
+            raise FfaError(Error.NOT_SUPPORTED, "the partition has one context")
+        return Frame.success(smc64=bool(x.fid & SMC64_BIT))
 
     def console_log(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """FFA_CONSOLE_LOG: number of characters in w1; four are in each of w2 to w7, or eight in x2 to x17 (SMC64)."""

@@ -6,6 +6,7 @@ TF-A's SPMD, which stands between the worlds, is part of it: the normal world se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from construct import Int16ul, Int32ul, Struct
 
@@ -101,6 +102,19 @@ class Spmc(Manager):
         if len(vms) != 1:
             raise FfaError(Error.INVALID_PARAMETERS, "one VM at a time")
         return vms[0]
+
+    def describe_all(self, who: Served, request: abi.Transaction, size: int) -> bytes | None:
+        """A hypervisor that names no receiver asks what a VM of its own has sent, and takes nothing."""
+        if not self._relays(who) or request.receivers:
+            return None
+        region = self.transactions.find(request.handle)
+        sent = region.descriptor
+        if not region.complete or is_secure(sent.sender):
+            raise FfaError(Error.INVALID_PARAMETERS)
+        answer = abi.build(who.version, replace(sent, handle=region.handle), region.ranges)
+        if len(answer) > size:
+            raise FfaError(Error.NO_MEMORY, "the description does not fit the RX buffer")
+        return answer
 
     # -- buffers of VMs
 
