@@ -253,12 +253,7 @@ class Hypervisor(Manager):
 
     def pending(self, who: Served) -> list[messages.PendingList]:
         """A VM hears of itself alone, the scheduler of all; of what is here, and of what the SPMC has."""
-        more = self.below is not None
-        while more:
-            answer = self.port.call(Call.NOTIFICATION_INFO_GET, smc64=True)
-            more = answer.ok and bool(answer[2] & 1)
-            for vm, vcpus in messages.parse_pending(answer)[0] if answer.ok else ():
-                self._heard.setdefault(vm, set()).update(vcpus or (None,))
+        self._hear()
         found: dict[int, set[int | None]] = {}
         for id, vcpus in super().pending(who):
             found.setdefault(id, set()).update(vcpus or (None,))
@@ -267,9 +262,22 @@ class Hypervisor(Manager):
                 found.setdefault(s.id, set()).update(self._heard[s.id])
         out: list[messages.PendingList] = []
         for id, told in found.items():
-            vcpus = sorted(v for v in told if v is not None)
-            out += [(id, tuple(vcpus[n : n + 3])) for n in range(0, len(vcpus), 3)] or [(id, ())]
+            single = sorted(v for v in told if v is not None)
+            out += [(id, tuple(single[n : n + 3])) for n in range(0, len(single), 3)] or [(id, ())]
         return out
+
+    def _hear(self) -> None:
+        """Asks the SPMC what is pending, as often as it takes; an SPMC that never ends is asked no more."""
+        for _ in range(_CPUS if self.below is not None else 0):
+            answer = self.port.call(Call.NOTIFICATION_INFO_GET, smc64=True)
+            if not answer.ok:
+                return
+            lists, more = messages.parse_pending(answer)
+            for vm, vcpus in lists:
+                if vm in self.served:
+                    self._heard.setdefault(vm, set()).update(vcpus or (None,))
+            if not more:
+                return
 
     def schedules(self, who: Served) -> list[Served]:
         """The scheduler hears of all VMs."""

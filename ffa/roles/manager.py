@@ -221,9 +221,8 @@ class Manager:
 
     def _handler(self, who: Served, function: Function, smc64: bool) -> Handler | None:
         handler = self.handlers.get(function.call)
-        missing = function.call in self.profile.missing or not function.exists(self.profile.version, smc64)
+        missing = function.call in self.profile.missing or function.since > self.profile.version
         if handler is None or missing or who.kind not in handler.callers or not function.exists(who.version, smc64):
-            # Before it has agreed on a version, a caller may ask for any.
             return None
         return handler
 
