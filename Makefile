@@ -13,6 +13,7 @@ READY := $(VENV)/.ready
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
+	@echo 'make long-test 1,000,000 fuzzed FF-A calls, each followed by a check of every page'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest -q
+
+long-test: $(READY)
+	$(RUN) -m ffa.fuzz 1000000
 
 check: $(READY)
 	$(RUN) -m ruff check .

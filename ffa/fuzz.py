@@ -57,6 +57,54 @@ class World:
     bases: dict[int, int]  #: endpoint → address of its pages
 
 
+class Restless(Endpoint):
+    """An endpoint that seldom does what it is asked: it is interrupted, yields, answers nonsense, or makes calls."""
+
+    rng: random.Random
+
+    def receive(self, frame: Frame, vcpu: int) -> Frame:
+        """Anything an endpoint can do with the processor."""
+        rng = self.rng
+        dice = rng.random()
+        if dice < 0.4:
+            return super().receive(frame, vcpu)
+        if dice < 0.6:
+            return Frame.of(rng.choice((Call.INTERRUPT, Call.YIELD, Call.MSG_WAIT, Call.ERROR)))
+        if dice < 0.7:
+            return Frame(rng.choice(tuple(BY_FID)), *(rng.getrandbits(16) for _ in range(7)))
+        call = rng.choice((Call.MSG_SEND_DIRECT_REQ, Call.RUN, Call.ID_GET, Call.MSG_WAIT, Call.MSG_SEND_DIRECT_RESP))
+        target = rng.choice((1, 2, 3, 0x8001, 0x8002))
+        self.call(call, self.id << 16 | target if call is not Call.RUN else target << 16, vcpu=vcpu)
+        return super().receive(frame, vcpu)
+
+
+def restless_world() -> World:
+    """As stacked_world(), with endpoints that seldom do what they are asked, and a scheduler."""
+    world = stacked_world()
+    rng = random.Random(4)
+    for endpoint in world.endpoints.values():
+        endpoint.__class__ = Restless
+        endpoint.rng = rng  # type: ignore[attr-defined]
+    hypervisor = world.endpoints[1].relayer
+    assert isinstance(hypervisor, Hypervisor)
+    hypervisor.scheduler = 1
+    return world
+
+
+def lonely_world() -> World:
+    """Three VMs on a hypervisor without an SPMC."""
+    machine = Machine()
+    hypervisor = Hypervisor(machine)
+    endpoints: dict[int, Endpoint] = {}
+    bases: dict[int, int] = {}
+    for id in (1, 2, 3):
+        endpoints[id] = Endpoint(id, machine, contexts=2, uuid=UUID(int=id))
+        bases[id] = 0x4000_0000 + id * 0x10_0000
+        machine.add(id, bases[id], OWN_PAGES)
+        hypervisor.add(endpoints[id])
+    return World(machine, endpoints, bases)
+
+
 def stacked_world(versions: tuple[int, ...] = (VERSION_1_0, VERSION_1_1, VERSION_1_2)) -> World:
     """A VM of each version on a hypervisor, on an SPMC with two partitions."""
     machine = Machine()
@@ -94,6 +142,9 @@ def host_world() -> World:
         machine.add(id, bases[id], OWN_PAGES, secure=n == 0)
         spmc.add(endpoints[id])
     return World(machine, endpoints, bases)
+
+
+WORLDS = (stacked_world, host_world, restless_world, lonely_world)
 
 
 @dataclass(slots=True)
@@ -574,15 +625,15 @@ def _label(step: Step) -> str:
 
 
 def main() -> None:
-    """Fuzzes both worlds, half the calls each, and prints what it took."""
+    """Fuzzes all worlds, as many calls each, and prints what it took."""
     calls = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    for world in (stacked_world, host_world):
+    for world in WORLDS:
         begin = time.perf_counter()
         fuzzer = Fuzzer(seed, world)
-        fuzzer.run(calls // 2)
+        fuzzer.run(calls // len(WORLDS))
         took = time.perf_counter() - begin
-        print(f"{world.__name__}: {calls // 2} calls in {took:.1f} s")
+        print(f"{world.__name__}: {calls // len(WORLDS)} calls in {took:.1f} s")
         for label, count in sorted(fuzzer.answers.items()):
             print(f"  {count:8} {label}")
 

@@ -78,7 +78,8 @@ class Region:
     owner: int
     secure: bool = False
     device: bool = False
-    chunks: dict[int, bytearray] = field(default_factory=dict, repr=False)  #: those that somebody has written to
+    backing: memoryview | None = field(default=None, repr=False)  #: all its bytes, if they are somebody's buffer
+    chunks: dict[int, bytearray] = field(default_factory=dict, repr=False)  #: else those that somebody has written to
 
     @property
     def end(self) -> int:
@@ -94,9 +95,22 @@ class Machine:
         self._starts: list[int] = []
         self.states: dict[int, PageState] = {}  #: pages that are not in their region's first state
 
-    def add(self, owner: int, address: int, pages: int, *, secure: bool = False, device: bool = False) -> Region:
-        """A new region at ``address`` (page-aligned). Raises ValueError if it overlaps one that is there."""
-        region = Region(address // PAGE_SIZE, pages, owner, secure, device)
+    def add(
+        self,
+        owner: int,
+        address: int,
+        pages: int,
+        *,
+        secure: bool = False,
+        device: bool = False,
+        backing: bytearray | memoryview | None = None,
+    ) -> Region:
+        """A new region at ``address`` (page-aligned), whose bytes are in ``backing`` if that is given (writable, and as
+        long as the region). Raises ValueError if it overlaps one that is there."""
+        buffer = None if backing is None else memoryview(backing).cast("B")
+        if buffer is not None and (buffer.readonly or len(buffer) != pages * PAGE_SIZE):
+            raise ValueError("a region's backing is writable, and as long as the region")
+        region = Region(address // PAGE_SIZE, pages, owner, secure, device, buffer)
         if address % PAGE_SIZE or pages < 1 or address < 0 or address + pages * PAGE_SIZE > 1 << 64:
             raise ValueError("a region starts at a page and has at least one, all in 64 bits")
         if any(r.first < region.end and region.first < r.end for r in self.regions):
@@ -164,6 +178,17 @@ class Machine:
         self._check(endpoint, address, len(data), Access.W)
         self.store(address, data)
 
+    def view(self, endpoint: int, address: int, size: int, access: Access = Access.RW) -> memoryview:
+        """The bytes themselves, for as long as the caller keeps its access, which is checked now and not again: whoever
+        relinquishes memory drops its views first. Raises AccessFaultError; ValueError without a ``backing``."""
+        self._check(endpoint, address, size, access)
+        region = self._backing(address, size)
+        if region.backing is None:
+            raise ValueError("only a region with a backing has views: Machine.add(..., backing=...)")
+        at = address - region.first * PAGE_SIZE
+        found = region.backing[at : at + size]
+        return found if Access.W in access else found.toreadonly()
+
     def _check(self, endpoint: int, address: int, size: int, wanted: Access) -> None:
         for page in range(address // PAGE_SIZE, (address + max(size, 1) - 1) // PAGE_SIZE + 1):
             state = self.state(page)
@@ -173,6 +198,9 @@ class Machine:
     def fetch(self, address: int, size: int) -> bytes:
         """Bytes as a partition manager reads them, which has checked that they exist. Raises AccessFaultError."""
         region = self._backing(address, size)
+        if region.backing is not None:
+            at = address - region.first * PAGE_SIZE
+            return bytes(region.backing[at : at + size])
         return b"".join(
             bytes(chunk[at : at + count]) if (chunk := region.chunks.get(number)) is not None else bytes(count)
             for number, at, count in _pieces(address, size)
@@ -181,6 +209,10 @@ class Machine:
     def store(self, address: int, data: bytes) -> None:
         """Writes as a partition manager, which has checked that the bytes exist. Raises AccessFaultError if not."""
         region = self._backing(address, len(data))
+        if region.backing is not None:
+            at = address - region.first * PAGE_SIZE
+            region.backing[at : at + len(data)] = data
+            return
         done = 0
         for number, at, count in _pieces(address, len(data)):
             chunk = region.chunks.get(number)
@@ -193,6 +225,9 @@ class Machine:
         """Writes zeros."""
         for address, count in ranges:
             region = self._backing(address, count * PAGE_SIZE)
+            if region.backing is not None:
+                self.store(address, bytes(count * PAGE_SIZE))
+                continue
             for number, at, size in _pieces(address, count * PAGE_SIZE):
                 if number in region.chunks:
                     region.chunks[number][at : at + size] = bytes(size)

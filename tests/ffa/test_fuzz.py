@@ -13,17 +13,17 @@ from ffa.roles import checks, transactions
 from ffa.roles.machine import Machine
 from ffa.roles.spmc import Spmc
 
-CALLS = 25_000
+CALLS = 12_500
 
 
-@pytest.mark.parametrize("world", [fuzz.stacked_world, fuzz.host_world])
+@pytest.mark.parametrize("world", fuzz.WORLDS)
 def test_nothing_breaks_an_invariant(world: Callable[[], fuzz.World]) -> None:
     fuzzer = fuzz.Fuzzer(20, world)
     fuzzer.run(CALLS)
     for call in ("MEM_SHARE", "MEM_LEND", "MEM_DONATE", "MEM_RETRIEVE_REQ", "MEM_RELINQUISH", "MEM_RECLAIM"):
-        assert fuzzer.answers[f"{call}: ok"] > 100  # it gets through, not only to errors
-        assert fuzzer.answers[f"{call}: INVALID_PARAMETERS"] > 100
-    assert fuzzer.answers["MEM_FRAG_TX: ok"] > 10
+        assert fuzzer.answers[f"{call}: ok"] > 50  # it gets through, not only to errors
+        assert fuzzer.answers[f"{call}: INVALID_PARAMETERS"] > 50
+    assert fuzzer.answers["MEM_FRAG_TX: ok"] > 5
 
 
 def without(table: Any, name: str) -> Any:
