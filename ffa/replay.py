@@ -449,7 +449,10 @@ class Replay:
         receiver = self.model.spmc.vms.get(0)
         if receiver is None:
             return
-        bits = pair(secure[2], secure[3]) if call is Call.NOTIFICATION_GET else _bits(next_get)
+        if call is Call.NOTIFICATION_GET:
+            bits = pair(secure[2], secure[3])
+        else:  # what is listed is told by the next FFA_NOTIFICATION_GET; without one, any that is bound will do
+            bits = receiver.from_sp.bound if next_get is None else _bits(next_get)
         new = bits & ~receiver.from_sp.any_pending
         if not new or (call is Call.NOTIFICATION_INFO_GET and receiver.from_sp.pending):
             return

@@ -275,6 +275,19 @@ def test_a_notification_that_is_not_bound_is_not_delivered() -> None:
     assert differences(wrong) == ["FFA_NOTIFICATION_GET: answer", "FFA_NOTIFICATION_GET: relayed answer"]
 
 
+def test_a_trace_may_end_before_a_notification_is_got() -> None:
+    bind = Frame.of(Call.NOTIFICATION_BIND, 0x8001 << 16, 0, 2)
+    info = Frame.of(Call.NOTIFICATION_INFO_GET, smc64=True)
+    listed = Frame.success(0x80, smc64=True)
+
+    def right(s: Scribe) -> None:
+        s.exchange(bind, Frame.success())
+        s.exchange(info, listed)
+
+    assert differences(right) == []
+    assert differences(lambda s: s.exchange(info, listed)) != []  # none is bound
+
+
 def test_nothing_pending_is_no_data() -> None:
     info = Frame.of(Call.NOTIFICATION_INFO_GET, smc64=True)
     assert differences(lambda s: s.exchange(info, Frame.failure(Error.NO_DATA))) == []
