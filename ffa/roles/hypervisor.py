@@ -177,6 +177,9 @@ class Hypervisor(Manager):
         framework = x.fid != fid(Call.MSG_SEND_DIRECT_REQ2) and x[2] & DIRECT_FRAMEWORK_BIT
         if not is_secure(receiver) or framework or sender != who.id or self.below is None:
             return super().direct_request(who, x, vcpu)
+        wanted = Property.DIRECT_REQ2_SEND if x.fid == fid(Call.MSG_SEND_DIRECT_REQ2) else Property.DIRECT_REQ_SEND
+        if not who.endpoint.properties & wanted:
+            raise FfaError(Error.DENIED, "the caller may not send direct requests")
         if who.contexts[vcpu] is Context.PREEMPTED:
             raise FfaError(Error.BUSY)
         before, who.contexts[vcpu] = who.contexts[vcpu], Context.BLOCKED
@@ -211,8 +214,14 @@ class Hypervisor(Manager):
         box = who.buffers()
         if len(data) > (box.size if self.maps_below else self.port.buffer_size):
             raise FfaError(Error.NO_MEMORY)
-        self.machine.store(box.tx if self.maps_below else self.port.tx, data)
-        self._ask_below(Call.MSG_SEND2, who.id << 16)
+        where = box.tx if self.maps_below else self.port.tx
+        before = self.machine.fetch(where, len(data))
+        self.machine.store(where, data)
+        try:
+            self._ask_below(Call.MSG_SEND2, who.id << 16)
+        except FfaError:
+            self.machine.store(where, before)
+            raise
         return None
 
     # -- notifications
@@ -243,13 +252,13 @@ class Hypervisor(Manager):
 
     def take(self, to: Served, vcpu: int, flags: int) -> tuple[int, ...]:
         """Partitions' and the SPMC's notifications come from below."""
+        theirs: tuple[int, ...] = (0,) * 6
+        if flags & (GET_FROM_SP | GET_FROM_SPM) and self.below is not None:
+            asked = flags & (GET_FROM_SP | GET_FROM_SPM)
+            theirs = self._ask_below(Call.NOTIFICATION_GET, vcpu << 16 | to.id, asked)[2:8]
+            self._heard.pop(to.id, None)
         mine = super().take(to, vcpu, flags & (GET_FROM_VM | GET_FROM_HYP))
-        theirs = flags & (GET_FROM_SP | GET_FROM_SPM)
-        if not theirs or self.below is None:
-            return mine
-        answer = self._ask_below(Call.NOTIFICATION_GET, vcpu << 16 | to.id, theirs)
-        self._heard.pop(to.id, None)
-        return tuple(a | b for a, b in zip(mine, answer[2:8], strict=True))
+        return tuple(a | b for a, b in zip(mine, theirs, strict=True))
 
     def pending(self, who: Served) -> list[messages.PendingList]:
         """A VM hears of itself alone, the scheduler of all; of what is here, and of what the SPMC has."""

@@ -14,7 +14,7 @@ from ffa.abi.ids import VERSION_1_2, Call, Error, fid
 from ffa.roles.endpoint import Endpoint
 from ffa.roles.hypervisor import Hypervisor
 from ffa.roles.machine import Access, AccessFaultError, Machine
-from ffa.roles.profile import Profile
+from ffa.roles.profile import OPTEE_4_10, Profile
 from ffa.roles.spmc import Spmc
 
 from .conftest import RETRIEVED, Bench
@@ -485,3 +485,30 @@ def test_65536_scattered_pages(bench: Bench) -> None:
     assert answer.ok
     assert len(machine.states) >= 1 << 16
     assert vm.reclaim(answer[2]).ok
+
+
+def test_a_hypervisor_on_op_tee() -> None:
+    """Which knows nothing of VMs' pages, has no FFA_RX_ACQUIRE, and takes memory without FFA_MEM_RETRIEVE_REQ."""
+    machine = Machine()
+    spmc = Spmc(machine, OPTEE_4_10)
+    spmc.add(Endpoint(0x8001, machine))
+    hypervisor, vm = Hypervisor(machine, spmc), Endpoint(1, machine)
+    hypervisor.add(vm)
+    machine.add(1, 0x4000_0000, 4096)
+    assert not hypervisor.maps_below
+    assert vm.map_buffers(0x4000_0000, 0x4000_1000).ok
+    t = abi.Transaction(1, (abi.Receiver(0x8001, 2),), 0x2F)
+    ranges = [(0x4010_0000 + n * 0x2000, 1) for n in range(1000)]
+    handle = vm.send_memory(Call.MEM_SHARE, t, ranges)[2]
+    assert vm.send_memory(Call.MEM_SHARE, t, ranges[:1]).error is Error.DENIED  # the hypervisor does know
+    region = spmc.transactions.find(handle)
+    spmc.transactions.lend(region, 0x8001, 0)
+    assert machine.state(0x40100).of(0x8001) is Access.RW
+    assert vm.reclaim(handle).error is Error.DENIED
+    spmc.transactions.let_go(region, 0x8001)
+    assert machine.state(0x40100).of(0x8001) is Access.NONE
+    assert vm.reclaim(handle).ok
+    assert vm.call(Call.MEM_LEND, 112, 112).error is Error.INVALID_PARAMETERS  # the hypervisor has it, and TX is empty
+    lend = abi.Transaction(1, (abi.Receiver(0x8001, 2),))
+    assert vm.send_memory(Call.MEM_LEND, lend, ranges[:1]).error is Error.NOT_SUPPORTED  # what OP-TEE says
+    assert machine.state(0x40100).handle is None

@@ -63,6 +63,7 @@ def test_who_takes_no_requests_gets_none(bench: Bench) -> None:
     bench.hypervisor.add(deaf)
     assert bench.vms[1].call(REQ, 1 << 16 | 4).error is Error.DENIED
     assert deaf.call(REQ, 4 << 16 | 1).error is Error.DENIED
+    assert deaf.call(REQ, 4 << 16 | 0x8001).error is Error.DENIED
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,16 @@ def test_messages_arrive_in_the_receivers_layout(bench: Bench, sender: int, rece
         (messages.Message(1, 9, b""), Error.INVALID_PARAMETERS),
         (messages.Message(1, 3, b""), Error.DENIED),  # FF-A 1.0 has none
         (messages.Message(1, 2, b"", UUID(int=9)), Error.INVALID_PARAMETERS),  # it has no such service
+        (messages.Message(1, 0x8001, b"", UUID(int=9)), Error.INVALID_PARAMETERS),
         (messages.Message(1, 0x8001, bytes(4090)), Error.INVALID_PARAMETERS),
     ],
 )
 def test_messages_that_are_refused(bench: Bench, message: messages.Message, code: Error) -> None:
     vm = bench.vms[1]
     vm.put(messages.build_message(message, VERSION_1_2)[:4096])
+    before = vm.machine.read(1, vm.tx, 4096)
     assert vm.call(Call.MSG_SEND2).error is code
+    assert vm.machine.read(1, vm.tx, 4096) == before
     assert vm.call(Call.MSG_SEND2, 1 << 16).error is Error.INVALID_PARAMETERS
     assert vm.call(Call.MSG_SEND2, 0, 2).error is Error.INVALID_PARAMETERS  # only partitions delay the interrupt
 

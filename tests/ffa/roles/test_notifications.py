@@ -122,6 +122,15 @@ def test_what_is_refused(bench: Bench, caller: int, call: Call, arguments: tuple
     assert bench.all[caller].call(call, *arguments).error is code
 
 
+def test_what_the_spmc_refuses_takes_nothing_from_what_is_here(bench: Bench) -> None:
+    one, two = bench.vms[1], bench.vms[2]
+    assert one.call(BIND, 2 << 16 | 1, 0, 1).ok
+    assert two.call(SET, 2 << 16 | 1, 0, 1).ok
+    assert bench.hypervisor.port.call(Call.NOTIFICATION_BITMAP_DESTROY, 1).ok
+    assert one.call(GET, 1, EVERYONES).error is Error.INVALID_PARAMETERS
+    assert one.call(GET, 1, 2)[4] == 1
+
+
 def test_bitmaps_come_and_go() -> None:
     machine = Machine()
     spmc, host, sp = Spmc(machine), Endpoint(0, machine), Endpoint(0x8001, machine)
