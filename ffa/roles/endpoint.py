@@ -8,7 +8,7 @@ from uuid import UUID
 
 from ffa.abi import transactions as abi
 from ffa.abi.frame import Frame
-from ffa.abi.ids import PAGE_SIZE, VERSION_1_2, Call, Error, Property, fid
+from ffa.abi.ids import PAGE_SIZE, VERSION_1_2, Call, Property, fid
 from ffa.abi.messages import NIL
 from ffa.roles.machine import Machine
 
@@ -89,32 +89,34 @@ class Endpoint:
         return self.machine.read(self.id, self.rx, size)
 
     def send_memory(self, call: Call, transaction: abi.Transaction, ranges: Sequence[abi.AddressRange]) -> Frame:
-        """FFA_MEM_SHARE, _LEND or _DONATE, in as many fragments as TX asks for; the last answer."""
+        """FFA_MEM_SHARE, _LEND or _DONATE, in as many fragments as TX asks for; the last answer: FFA_MEM_FRAG_RX if the
+        relayer asks for what is not the next fragment."""
         blob = abi.build(self.version, transaction, ranges)
         cut = self.buffer_size
         self.put(blob[:cut])
-        answer = self.call(call, len(blob), min(cut, len(blob)), smc64=True)
-        while answer.fid == fid(Call.MEM_FRAG_RX):
-            part = blob[answer[3] : answer[3] + cut]
-            if not part:
-                return Frame.failure(Error.INVALID_PARAMETERS)
+        sent = min(cut, len(blob))
+        answer = self.call(call, len(blob), sent, smc64=True)
+        while answer.fid == fid(Call.MEM_FRAG_RX) and answer[3] == sent < len(blob):
+            part = blob[sent : sent + cut]
             self.put(part)
+            sent += len(part)
             answer = self.call(Call.MEM_FRAG_TX, answer[1], answer[2], len(part))
         return answer
 
     def retrieve(self, request: abi.Transaction) -> tuple[Frame, bytes]:
-        """FFA_MEM_RETRIEVE_REQ, all fragments read and RX released: the last answer, and the descriptor."""
+        """FFA_MEM_RETRIEVE_REQ, all fragments read and RX released: the first answer, or the one that is no fragment;
+        and what there is of the descriptor."""
         blob = abi.build(self.version, request)
         self.put(blob)
         first = answer = self.call(Call.MEM_RETRIEVE_REQ, len(blob), len(blob), smc64=True)
         if answer.fid != fid(Call.MEM_RETRIEVE_RESP):
             return answer, b""
-        found = self.got(answer[2])
+        found = self.got(min(answer[2], self.buffer_size))
         self.call(Call.RX_RELEASE)
         while len(found) < first[1]:
             handle = request.handle
             answer = self.call(Call.MEM_FRAG_RX, handle & 0xFFFF_FFFF, handle >> 32, len(found))
-            if answer.fid != fid(Call.MEM_FRAG_TX):
+            if answer.fid != fid(Call.MEM_FRAG_TX) or not 0 < answer[3] <= self.buffer_size:
                 return answer, found
             found += self.got(answer[3])
             self.call(Call.RX_RELEASE)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ffa.abi import messages
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame, halves, pair
+from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import (
     BY_FID,
     DIRECT_FRAMEWORK_BIT,
@@ -350,8 +350,8 @@ class Hypervisor(Manager):
 
     def mem_retrieve(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """Memory that a partition has sent to a VM is retrieved below."""
-        size, address, pages = x[2], x[3], x[4]
-        if self.below is None or x[1] != size or who.mailbox is None or (address and not self.profile.dynamic_buffers):
+        total, size, address, pages = x[1] & MASK32, x[2] & MASK32, x[3], x[4] & MASK32
+        if self.below is None or total != size or who.mailbox is None or (address and not self.profile.dynamic_buffers):
             return super().mem_retrieve(who, x, vcpu)
         buf = self.descriptor(who, size, address, pages)
         request = abi.parse(buf, who.version)
@@ -367,6 +367,8 @@ class Hypervisor(Manager):
             self._unclaim_rx(who)
             raise FfaError(answer.error or Error.ABORTED)
         found = abi.parse(blob, self.port.version)
+        if not found.receivers:
+            raise FfaError(Error.ABORTED, "the SPMC's answer names nobody")
         ranges = abi.parse_ranges(blob[abi.parse_composite(blob, found.receivers[0].composite).ranges :])
         blob = abi.build(who.version, found, ranges)
         cut = who.mailbox.size

@@ -512,3 +512,39 @@ def test_a_hypervisor_on_op_tee() -> None:
     lend = abi.Transaction(1, (abi.Receiver(0x8001, 2),))
     assert vm.send_memory(Call.MEM_LEND, lend, ranges[:1]).error is Error.NOT_SUPPORTED  # what OP-TEE says
     assert machine.state(0x40100).handle is None
+
+
+def test_a_relayer_that_asks_for_ever_is_not_answered_for_ever() -> None:
+    class Stuck:
+        calls = 0
+
+        def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
+            self.calls += 1
+            if frame.fid & 0xFF == Call.RXTX_MAP:
+                return Frame.success()
+            if frame.fid & 0xFF == Call.MEM_RETRIEVE_REQ:
+                return Frame.of(Call.MEM_RETRIEVE_RESP, 0xFFFF_FFFF, 0xFFFF_FFFF)
+            return Frame.of(Call.MEM_FRAG_TX if frame.fid & 0xFF == Call.MEM_FRAG_RX else Call.MEM_FRAG_RX, 1, 0, 0)
+
+    machine, stuck = Machine(), Stuck()
+    vm = Endpoint(1, machine)
+    vm.relayer = stuck
+    machine.add(1, 0x4000_0000, 4096)
+    vm.map_buffers(0x4000_0000, 0x4000_1000)
+    t = abi.Transaction(1, (abi.Receiver(2, 2),), 0x2F)
+    ranges = [(0x4010_0000 + n * 0x2000, 1) for n in range(1000)]
+    assert vm.send_memory(Call.MEM_SHARE, t, ranges).fid == fid(Call.MEM_FRAG_RX)
+    assert len(vm.retrieve(t)[1]) == 4096
+    assert stuck.calls < 10
+
+
+def test_a_vm_whose_rx_is_full_below_retrieves_nothing(bench: Bench) -> None:
+    bench.machine.add(0x8001, 0x9000_0000, 4)
+    t = abi.Transaction(0x8001, (abi.Receiver(2, 2),), 0x2F)
+    handle = bench.sps[0x8001].send_memory(Call.MEM_SHARE, t, [(0x9000_0000, 1)])[2]
+    assert bench.hypervisor.port.call(Call.RX_ACQUIRE, 2).ok
+    request = abi.Transaction(0x8001, (abi.Receiver(2, 2),), handle=handle)
+    assert bench.vms[2].retrieve(request)[0].error is Error.BUSY
+    assert bench.machine.state(0x90000).of(2) is Access.NONE
+    assert bench.vms[2].call(Call.RX_RELEASE).ok
+    assert bench.vms[2].retrieve(request)[0].fid == RETRIEVED
