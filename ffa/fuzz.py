@@ -106,7 +106,7 @@ def lonely_world() -> World:
 
 
 def stacked_world(versions: tuple[int, ...] = (VERSION_1_0, VERSION_1_1, VERSION_1_2)) -> World:
-    """A VM of each version on a hypervisor, on an SPMC with two partitions."""
+    """A VM of each version on a hypervisor, on an SPMC with two partitions, one with memory of the normal world."""
     machine = Machine()
     spmc = Spmc(machine)
     endpoints: dict[int, Endpoint] = {}
@@ -115,7 +115,7 @@ def stacked_world(versions: tuple[int, ...] = (VERSION_1_0, VERSION_1_1, VERSION
         id = 0x8001 + n
         endpoints[id] = Endpoint(id, machine, contexts=2, uuid=UUID(int=n + 1), el0=n == 1)
         bases[id] = 0x0E00_0000 + n * 0x10_0000
-        machine.add(id, bases[id], OWN_PAGES, secure=True)
+        machine.add(id, bases[id], OWN_PAGES, secure=n == 0)
         spmc.add(endpoints[id])
     hypervisor = Hypervisor(machine, spmc)
     for n, version in enumerate(versions):
