@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test long-test check lab-test lab-uml docs clean
+.PHONY: help demo test long-test check lab-test lab-qemu-linux lab-uml docs clean
 
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
@@ -16,7 +16,8 @@ help:
 	@echo 'make long-test 1,000,000 fuzzed FF-A calls, each followed by a check of every page'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
-	@echo 'make lab-uml   the part of it that runs under user-mode-linux (first time: about 1 minute)'
+	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
+	@echo 'make lab-uml   the part of it that runs under user-mode-linux, with the kernel driver (first time: 2 minutes)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
@@ -48,16 +49,27 @@ check: $(READY)
 lab-test: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.qemu build
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu qtest
 	$(RUN) -m lab.qemu checkpatch
 	$(RUN) -m lab.qemu image
+	$(RUN) -m lab.qemu image --arch aarch64
+	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
+
+lab-qemu-linux: $(READY)
+	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m lab.qemu module
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
+	$(RUN) -m lab.qemu module --arch aarch64
+	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py
+	VIRTIO_TEE_ARCH=aarch64 $(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.uml image
-	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py
+	$(RUN) -m pytest -q -m lab tests/lab/test_uml.py tests/lab/test_uml_linux.py
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,12 +17,14 @@ class LimitReachedError(Exception):
 class IdTable(Generic[T]):
     """Entries by 32-bit id. Ids are never 0, go up, and come around only after 2^32 others; one in use is skipped."""
 
-    __slots__ = ("_entries", "_next", "limit")
+    __slots__ = ("_entries", "_next", "get", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._entries: dict[int, T] = {}
         self._next = 1
+        #: the entry with this id, or None
+        self.get: Callable[[int], T | None] = self._entries.get
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -43,10 +45,6 @@ class IdTable(Generic[T]):
         self._entries[ident] = entry
         self._next = ident + 1 if ident < _LAST else 1
         return ident
-
-    def get(self, ident: int) -> T | None:
-        """The entry, or None."""
-        return self._entries.get(ident)
 
     def remove(self, ident: int) -> T:
         """Take the entry out; its id is free. Raises KeyError."""

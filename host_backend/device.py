@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,10 +25,17 @@ from pyvhost.vring.packed import INITIAL_BASE
 log = logging.getLogger(__name__)
 
 _NOTIFY_EVERY = 4
-"""Completions after which the driver is signalled while the device goes on working."""
+"""Completions of calls that took their time after which the driver is signalled while the device goes on working."""
 
-_BUDGET = 32
+_SIGNAL_S = 30e-6
+"""Seconds after which it is signalled of requests that are answered one after the other: a signal is dear."""
+
+_BUDGET = 64
 """Requests taken from one ring before others have their turn: the control queue, say, with a cancel."""
+
+_LONG_S = 0.002
+_SHORT_BUDGET = 4
+"""… where the last turn took longer than that many seconds: TAs compute."""
 
 _RPC_RINGS = frozenset({Queue.CONTROL, Queue.EVENT})
 """While one of them is stopped no RPC can be answered."""
@@ -75,6 +83,7 @@ class TeeDevice(Device):
         self._announce = False
         """… and is still to be told that its state is gone."""
         self._completed = 0
+        self._budget = _BUDGET
         self._connected = False
         self.memory_version = 0
         self.epoch = self._begin(0)
@@ -227,7 +236,9 @@ class TeeDevice(Device):
             self.epoch.rpcs.pump()
             more = False
         else:
-            more = self._drain(index, queue, _BUDGET)
+            began = time.monotonic()
+            more = self._drain(index, queue, self._budget)
+            self._budget = _BUDGET if time.monotonic() - began < _LONG_S else _SHORT_BUDGET
         if index == Queue.CONTROL and self._search:
             more |= self._go_on_searching()
         if queue.broken is not None and self._trace is not None:
@@ -241,15 +252,38 @@ class TeeDevice(Device):
             self._abandon(index, queue)
         kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
 
-        def take(chain: Chain) -> int | None:
-            written = self._take(index, kind, chain)
-            if written is None:
-                self.router.serve()
-                if self._completed >= _NOTIFY_EVERY:
-                    self.flush()
-            return written
+        limit, slot_of, clock = self._max_readable, self._slot_of[index], time.monotonic
+        quick = kind is Queue.REQUEST
+        signalled = clock()
 
-        return queue.drain(take, budget, _NOTIFY_EVERY)
+        def take(chain: Chain) -> int | None:
+            nonlocal signalled
+            room = chain.writable_bytes
+            if room < RESPONSE_HEADER_SIZE:
+                return 0
+            if chain.readable_bytes > limit:
+                return self._too_large(chain)
+            data = chain.read()
+            epoch = self.epoch
+            response: bytes | None
+            outcome = epoch.invoke_at_once(data, room) if quick else None
+            if isinstance(outcome, bytes):
+                response = outcome
+            else:
+                response = epoch.submit(data, room, kind, chain, slot_of, outcome)
+            now = clock()
+            if now - signalled > _SIGNAL_S:  # of the ones before: this one is not there yet
+                signalled = now
+                queue.notify()
+            if response is not None:
+                return chain.write(response)
+            queue.spin_us = 0  # there is work
+            self.router.serve()
+            if self._completed >= _NOTIFY_EVERY:
+                self.flush()
+            return None
+
+        return queue.drain(take, budget, budget)
 
     def look_for_requests(self) -> None:
         for index in range(Queue.REQUEST, self.num_queues):
@@ -279,17 +313,11 @@ class TeeDevice(Device):
             self.epoch.searched()
         return bool(self._search)
 
-    def _take(self, index: int, kind: Queue, chain: Chain) -> int | None:
-        """Serve a request; how many bytes of response there are, or None: it will be given back later."""
-        room = chain.writable_bytes
-        if room < RESPONSE_HEADER_SIZE:
-            return 0
-        if chain.readable_bytes > self._max_readable:
-            if self._trace is not None:
-                self._trace.answered(self.vm, 0, Status.LIMIT)  # not even looked at
-            return chain.write(refusal(Status.LIMIT))
-        response = self.epoch.submit(chain.read(), room, kind, chain, self._slot_of[index])
-        return None if response is None else chain.write(response)
+    def _too_large(self, chain: Chain) -> int:
+        """The request is not even looked at."""
+        if self._trace is not None:
+            self._trace.answered(self.vm, 0, Status.LIMIT)
+        return chain.write(refusal(Status.LIMIT))
 
     def completed(self, index: int) -> None:
         """A request of ring ``index`` was completed; the driver is to be told soon."""

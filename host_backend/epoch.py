@@ -119,6 +119,7 @@ class Epoch:
         """CANCELs by the tag that they look for, which may lie in a ring yet."""
         self._sought_late: dict[int, list[Pending]] = {}
         """Those that came when the search had begun."""
+        self._max_calls = limits.max_calls
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
@@ -127,20 +128,21 @@ class Epoch:
     # -- requests
 
     def submit(
-        self, data: bytes, room: int, queue: Queue, place: Place, slot_of: Callable[[Place], Slot]
+        self,
+        data: bytes,
+        room: int,
+        queue: Queue,
+        place: Place,
+        slot_of: Callable[[Place], Slot],
+        begun: Unfinished | None = None,
     ) -> bytes | None:
-        """Take one request: its copied bytes, and ``room`` bytes (at least a header) for the response.
+        """Take a request: its copied bytes, and ``room`` bytes (at least a header) for the response. ``begun`` is what
+        :meth:`invoke_at_once` has left of it.
 
         Returns the response if the request has ended by now. Otherwise it will be given to ``slot_of(place)``, which is
         called before this returns.
         """
-        begun: Unfinished | None = None
         try:
-            if self._at_once is not None and queue is Queue.REQUEST and len(data) >= INVOKE_HEAD.size:
-                outcome = self._invoke_at_once(data, room)
-                if isinstance(outcome, bytes):
-                    return outcome
-                begun = outcome
             request = parse_request(data, room, queue, epoch=self.number, features=self.features, limits=self.limits)
             if begun is not None:
                 self._invoke_begun(slot_of(place), request, begun)
@@ -286,13 +288,15 @@ class Epoch:
         pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
         self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
 
-    def _invoke_at_once(self, data: bytes, room: int) -> bytes | Unfinished | None:
-        """The response to an INVOKE that could be run at once, or what is still to be done of it; None: nothing has
-        happened, and :meth:`submit` goes the long way, be it to refuse the request. This costs a fraction of that.
-
-        Raises RequestError as that would.
+    def invoke_at_once(self, data: bytes, room: int) -> bytes | Unfinished | None:
+        """The response to a request from a request queue, an INVOKE that could be run at once, or what is still to be
+        done of it by :meth:`submit`; None: nothing has happened, and that goes the long way, be it to refuse the
+        request. This costs a fraction of it.
         """
-        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = INVOKE_HEAD.unpack_from(data)
+        at_once = self._at_once
+        if at_once is None or len(data) < _INVOKE_SIZE:
+            return None
+        kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = _unpack_invoke(data)
         session = self.sessions.get(session_ident)
         if (
             kind != _INVOKE
@@ -305,15 +309,13 @@ class Epoch:
             or session.closing
             or (context := session.context).ident != ident
             or context.closing
-            or self.running >= self.limits.max_calls
+            or self.running >= self._max_calls
             or self._sought
         ):
             return None
-        at_once = self._at_once
-        assert at_once is not None
         at = time.monotonic_ns() if self.trace is not None else 0
         if not count:
-            if len(data) != INVOKE_HEAD.size or room < _BARE_RESPONSE:
+            if len(data) != _INVOKE_SIZE or room < _BARE_RESPONSE:
                 return None
             outcome = at_once(session.handle, func, ())
             if isinstance(outcome, tuple):
@@ -325,14 +327,17 @@ class Epoch:
         if count > self.limits.max_params or end > len(data):
             return None
         given = unpack_raw(data, INVOKE_HEAD.size, count)
-        inline_in, inline_out = check_raw(given, inline=bool(self.features & Feature.INLINE))
-        if (
-            len(data) != end + inline_in
-            or max(inline_in, inline_out) > self.limits.max_inline_bytes
-            or room < _BARE_RESPONSE + count * PARAM_SIZE + inline_out
-        ):
+        try:
+            inline_in, inline_out = check_raw(given, inline=bool(self.features & Feature.INLINE))
+            if (
+                len(data) != end + inline_in
+                or max(inline_in, inline_out) > self.limits.max_inline_bytes
+                or room < _BARE_RESPONSE + count * PARAM_SIZE + inline_out
+            ):
+                return None
+            params, regions = self._params(given, data, end, context)
+        except RequestError:
             return None
-        params, regions = self._params(given, data, end, context)
         outcome = at_once(session.handle, func, params)
         if isinstance(outcome, tuple):
             code, origin = outcome
@@ -342,7 +347,7 @@ class Epoch:
         return None if outcome is None else Unfinished(outcome, at, session, params, regions)
 
     def _invoke_begun(self, slot: Slot, request: ParsedRequest, unfinished: Unfinished) -> None:
-        """An INVOKE that :meth:`_invoke_at_once` has begun waits now."""
+        """An INVOKE that :meth:`invoke_at_once` has begun waits now."""
         session = unfinished.session
         pending = Pending(
             self, slot, request, session.context, Epoch._invoked, session=session, regions=unfinished.regions
@@ -768,12 +773,13 @@ INVOKE_HEAD = struct.Struct(
     (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
 )
 """An INVOKE up to its parameters; its reserved words too, as numbers."""
+_INVOKE_SIZE, _unpack_invoke = INVOKE_HEAD.size, INVOKE_HEAD.unpack_from
 _BARE_RESPONSE = RESPONSE_HEADER_SIZE + len(_NO_PARAMS)
 
 
 @dataclass(slots=True)
 class Unfinished:
-    """An INVOKE that was begun at once and waits: what :meth:`Epoch._invoke_at_once` has found out about it."""
+    """An INVOKE that was begun at once and waits: what :meth:`Epoch.invoke_at_once` has found out about it."""
 
     begun: Begun
     at: int

@@ -19,6 +19,7 @@ from host_backend.exporter import Place, export, listen
 from host_backend.metrics import Metrics
 from host_backend.router import Router
 from host_backend.trace import Recorder, Recorders
+from pyvhost.device import SPIN_US
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.server import serve as serve_socket
 from pyvhost.io.sockets import Listener
@@ -51,6 +52,8 @@ class ServeConfig:
     require_sealed: bool = False
     metrics: Place | None = None
     """Where to tell metrics."""
+    spin_us: int = SPIN_US
+    """See ``pyvhost.Device.spin_us``."""
 
     def __post_init__(self) -> None:
         if not self.endpoints:
@@ -91,6 +94,7 @@ async def serve(
                         new_epoch=lambda: secrets.randbits(64),
                         trace=trace,
                     )
+                    device.spin_us = config.spin_us
                     devices.append(device)
                     guests.start_soon(_serve_one, device, listener, dataplane, config.require_sealed)
                 if metrics is not None and exporter is not None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import queue
 import socket
+import sys
 import threading
 import time
 
@@ -17,10 +18,11 @@ class AgentError(Exception):
 
 class AgentClient:
     """Requests from any thread; one thread of its own reads the answers. `port` leads to the agent, and is closed by
-    `close()`."""
+    `close()`. `longest`: bytes that a request may have on it."""
 
-    def __init__(self, port: socket.socket) -> None:
+    def __init__(self, port: socket.socket, longest: int = sys.maxsize) -> None:
         self._socket = port
+        self._longest = longest
         self._ids = itertools.count(1)
         self._writing = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[dict[str, object] | None]] = {}
@@ -87,12 +89,14 @@ class AgentClient:
 
     def call(self, op: str, wait: float, **arguments: object) -> dict[str, object]:
         number = next(self._ids)
+        line = json.dumps({"id": number, "op": op, **arguments}).encode() + b"\n"
+        if len(line) > self._longest:
+            raise AgentError(f"{op}: {len(line)} bytes are more than the guest's line takes ({self._longest})")
         box: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
         with self._state:
             if self._closed:
                 raise AgentError(f"{op}: the guest is gone")
             self._waiting[number] = box
-        line = json.dumps({"id": number, "op": op, **arguments}).encode() + b"\n"
         try:
             with self._writing:
                 self._socket.sendall(line)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from lab.agent import AgentClient, AgentError
 from lab.run import tail
 
-CHUNK = 256 * 1024
 GRACE = 10.0  # what the agent may take beyond a command's own time limit
 
 
@@ -73,6 +72,8 @@ class GuestProcess:
 class DrivenGuest(ABC):
     """Commands and files; who boots the guest sets `_agent`."""
 
+    chunk = 256 * 1024  # bytes of a file that go to or from the guest at a time
+
     def __init__(self) -> None:
         self._agent: AgentClient | None = None
 
@@ -126,8 +127,8 @@ class DrivenGuest(ABC):
 
     def put(self, path: str, data: bytes, mode: int | None = None) -> None:
         """Write a file in the guest; its folder is made."""
-        for offset in range(0, max(len(data), 1), CHUNK):
-            part = base64.b64encode(data[offset : offset + CHUNK]).decode()
+        for offset in range(0, max(len(data), 1), self.chunk):
+            part = base64.b64encode(data[offset : offset + self.chunk]).decode()
             self.call("put", path=path, data=part, append=offset > 0)
         if mode is not None:
             self.call("put", path=path, data="", append=True, mode=mode)
@@ -136,8 +137,8 @@ class DrivenGuest(ABC):
         """Read a file of the guest."""
         data = b""
         while True:
-            answer = self.call("get", path=path, offset=len(data), size=CHUNK)
+            answer = self.call("get", path=path, offset=len(data), size=self.chunk)
             part = base64.b64decode(str(answer["data"]))
             data += part
-            if len(part) < CHUNK:
+            if len(part) < self.chunk:
                 return data

@@ -35,7 +35,7 @@ class Pin:
 
 
 class Lock:
-    """Sections (`trixie/amd64`, `trixie/source`, `pypi/guest`, …) of names with their pins."""
+    """Sections (`trixie/amd64`, `trixie/source`, `pypi/amd64`, …) of names with their pins."""
 
     def __init__(self, path: Path = LOCK_FILE) -> None:
         self.path = path

@@ -14,11 +14,7 @@ from lab.lock import File, Lock, Pin
 from lab.run import output
 
 # pip must not find what a folder on this machine happens to hold for another Python
-GUEST_PLATFORM = (
-    *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "abi3", "--abi", "none"),
-    *("--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_17_x86_64"),
-    *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_34_x86_64"),
-)
+GUEST_PYTHON = ("--python-version=3.11", "--implementation=cp", "--abi=cp311", "--abi=abi3", "--abi=none")
 
 
 def split_wheel_name(name: str) -> tuple[str, str]:
@@ -27,15 +23,15 @@ def split_wheel_name(name: str) -> tuple[str, str]:
     return re.sub(r"[-_.]+", "-", project).lower(), version
 
 
-def wheels(names: Sequence[str], lock: Lock | None = None) -> dict[str, Path]:
+def wheels(names: Sequence[str], arch: str, platforms: Sequence[str], lock: Lock | None = None) -> dict[str, Path]:
     """Project → wheel for the guest's Python, of the locked version where PyPI still has it."""
     lock = lock or Lock()
-    section = "pypi/guest"
+    section = f"pypi/{arch}"
     pins = {name: lock.get(section, name) for name in names}
     for name, pin in pins.items():
         if pin is not None and pin.is_stored:
             continue
-        found = _download(name, pin, section)
+        found = _download(name, pin, section, platforms)
         lock.put(section, {name: found})
         pins[name] = found
     return {name: pin.files[0].stored for name, pin in pins.items() if pin is not None}
@@ -56,10 +52,10 @@ def _make_venv(path: Path) -> None:
     output([sys.executable, "-m", "venv", "--copies", path])
 
 
-def _download(name: str, pin: Pin | None, section: str) -> Pin:
+def _download(name: str, pin: Pin | None, section: str, platforms: Sequence[str]) -> Pin:
     with scratch("wheel") as folder:
         fetch: list[str | Path] = [*_pip(), "download", "-q", "--no-deps", "--only-binary=:all:"]
-        fetch += [*GUEST_PLATFORM, "-d", folder]
+        fetch += [*GUEST_PYTHON, *(f"--platform={one}" for one in platforms), "-d", folder]
         try:
             output([*fetch, f"{name}=={pin.version}" if pin else name])
         except LabError:

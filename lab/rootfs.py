@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.apt import Apt, unpack_debs
+from lab.arch import HOST, Arch
 from lab.cache import LabError, build_once, cache_root, digest, say
 from lab.cpio import write_tree
 from lab.pypi import wheels
@@ -24,8 +25,7 @@ KERNEL_DRIVER = ("guest_driver", "linux")  # in C: nothing for Python
 GUEST_FILES = REPO / "lab" / "guest"
 
 SUITE = "bookworm"
-DEBS = (
-    "busybox-static",
+PYTHON = (
     "libbz2-1.0",
     "libc6",
     "libcrypt1",
@@ -42,6 +42,7 @@ DEBS = (
     "python3.11-minimal",
     "zlib1g",
 )
+DEBS = ("busybox-static", *PYTHON)
 WHEELS = (
     "attrs",
     "cffi",
@@ -77,19 +78,18 @@ NOT_NEEDED = (
     "usr/lib/python3.11/test",
     "usr/lib/python3.11/tkinter",
     "usr/lib/python3.11/turtledemo",
-    "usr/lib/x86_64-linux-gnu/audit",
-    "usr/lib/x86_64-linux-gnu/gconv",
 )
 STDLIB = "usr/lib/python3.11"
 SITE = "usr/lib/python3/dist-packages"  # where Debian's Python looks, without any variable set
 LOCAL = "usr/local/lib/python3.11/dist-packages"
-RECIPE = 2
+PROGRAMS = (b"#!", b"\x7fELF")  # how their files begin
+RECIPE = 3
 
 
-def ensure_base() -> Path:
+def ensure_base(arch: Arch = HOST) -> Path:
     """The folder with `base.cpio`, and `root/`, what is in it: Python, busybox, PyPI's packages; no kernel modules."""
-    debs = Apt(SUITE).debs(DEBS)
-    packages = wheels(WHEELS)
+    debs = Apt(SUITE, arch.debian).debs((*DEBS, *arch.packages))
+    packages = wheels(WHEELS, arch.debian, arch.wheels)
     key = digest(
         str(RECIPE),
         *APPLETS,
@@ -101,7 +101,7 @@ def ensure_base() -> Path:
         say(f"building the guest's file system of {len(debs)} Debian packages and {len(packages)} wheels")
         root = new / "root"
         unpack_debs(debs.values(), root)
-        _finish_root(root)
+        _finish_root(root, root / "usr" / "lib" / arch.triplet)
         site = root / SITE
         site.mkdir(parents=True, exist_ok=True)
         for wheel in packages.values():
@@ -116,9 +116,9 @@ def ensure_base() -> Path:
     return build_once("guest-base", key, make)
 
 
-def _finish_root(root: Path) -> None:
-    for name in NOT_NEEDED:
-        shutil.rmtree(root / name, ignore_errors=True)
+def _finish_root(root: Path, libraries: Path) -> None:
+    for path in (*(root / name for name in NOT_NEEDED), libraries / "audit", libraries / "gconv"):
+        shutil.rmtree(path, ignore_errors=True)
     for folder in ("dev", "proc", "sys", "tmp", "run", "root", "mnt", "etc", "var", "usr/local/bin"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name in APPLETS:
@@ -133,14 +133,12 @@ def _finish_root(root: Path) -> None:
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
 
 
-def _compile_python(root: Path, folders: Sequence[str], python_root: Path | None = None) -> None:
-    """Compile with the guest's own Python, so that the guest need not, on its slow CPU."""
-    home = (python_root or root) / "usr"
-    loader = home / "lib64" / "ld-linux-x86-64.so.2"
-    if not loader.exists():
-        loader = home / "lib" / "x86_64-linux-gnu" / "ld-linux-x86-64.so.2"
+def _compile_python(root: Path, folders: Sequence[str]) -> None:
+    """Compile with the guest's Python, of this machine's architecture, so that the guest need not, on its slow CPU."""
+    home = Apt(SUITE, HOST.debian).tree(PYTHON) / "usr"
+    libraries = home / "lib" / HOST.triplet
     command: list[str | Path] = [
-        *(loader, "--library-path", home / "lib" / "x86_64-linux-gnu", home / "bin" / "python3.11"),
+        *(libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, home / "bin" / "python3.11"),
         *("-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-s", root, "-p", "/"),
     ]
     env = {"PYTHONHOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -204,16 +202,14 @@ def _version() -> str:
     return parser.get("metadata", "version", fallback="0")
 
 
-def ensure_checkout(base: Path, extra: Sequence[tuple[str, Path]] = ()) -> Path:
-    """`ours.cpio`: what this checkout gives to a guest, compiled with the Python of `base`; `extra`: files to add, each
-    as (path in the guest, file here)."""
-    base_root = base / "root"
+def ensure_checkout(extra: Sequence[tuple[str, Path]] = ()) -> Path:
+    """`ours.cpio`: what this checkout gives to a guest. `extra`: files to add, each as (path there, file here)."""
     files = _our_files()
     for name, path in extra:
         if not path.is_file():
             raise LabError(f"{path}, meant for the guest's {name}, is not there")
         files[name.lstrip("/")] = path.read_bytes()
-    key = digest(str(RECIPE), base_root.parent.name, *(part for item in sorted(files.items()) for part in item))
+    key = digest(str(RECIPE), *(part for item in sorted(files.items()) for part in item))
 
     def make(new: Path) -> None:
         root = new / "root"
@@ -221,11 +217,11 @@ def ensure_checkout(base: Path, extra: Sequence[tuple[str, Path]] = ()) -> Path:
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            path.chmod(0o755 if data.startswith(b"#!") else 0o644)
+            path.chmod(0o755 if data.startswith(PROGRAMS) else 0o644)
         for path in [p for p in root.rglob("*") if p.is_dir()]:
             path.chmod(0o755)
         try:
-            _compile_python(root, [LOCAL, "usr/local/lib/lab"], base_root)
+            _compile_python(root, [LOCAL, "usr/local/lib/lab"])
         except LabError as error:
             # a file that does not compile is for the guest to complain about, if it is used there
             say(f"not all of this checkout compiles:\n{tail(str(error), 5)}")

@@ -64,6 +64,10 @@ class Link(Protocol):
         ...
 
 
+SPIN_US = 20
+"""What a sleep and a wake-up cost, in microseconds, about."""
+
+
 class Device:
     """Base class. The class attributes describe the device; the library sets the instance attributes and calls the
     hooks.
@@ -91,10 +95,11 @@ class Device:
     #: bytes of device state, at most, that ``save_state()`` and ``load_state()`` transfer; 0: the device has none, or
     #: cannot. Beyond some MiB, it holds up the data plane
     max_state_size: int = 0
-    #: microseconds for which queues go on looking at an empty ring before they ask for kicks: quicker answers for a
-    #: busy processor, and all other work of the data plane waits meanwhile. About 50 is what it takes; the compiled
-    #: queue spins less often while that is in vain, the pure one holds up all other threads too
-    spin_us: int = 0
+    #: microseconds for which a queue goes on looking at an empty ring before it asks for kicks, if nothing else of the
+    #: data plane is to be done; less often while that is in vain. By default about as long as it takes to fall asleep
+    #: and be woken; more gives quicker answers for a busier processor, 0 sleeps at once. The pure queues hold up all
+    #: other threads meanwhile
+    spin_us: int = SPIN_US
 
     # --- what the library knows: kept up to date by it, each before the hook that tells of it
 

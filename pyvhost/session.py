@@ -97,6 +97,10 @@ class Ports(Protocol):
         """Call in the next turn of the loop."""
         ...
 
+    def alone(self) -> bool:
+        """Whether nothing else is to be done in this turn of the loop."""
+        ...
+
     def post(self, call: Callable[[], object]) -> None:
         """Call on this thread; may be used from any thread."""
         ...
@@ -301,6 +305,9 @@ class Session:
         if not self._awake[index]:
             return
         self.touched = True
+        queue = self.device.queues[index]
+        if queue is not None:
+            queue.spin_us = self.device.spin_us if self.ports.alone() else 0
         try:
             if self.device.process(index):
                 self.wake(index)
@@ -482,7 +489,6 @@ class Session:
             indirect=bool(features & Feature.INDIRECT_DESC),
             event_idx=bool(features & Feature.EVENT_IDX),
             signal=signal,
-            spin_us=device.spin_us,
         )
         paused = device.queues[index] if effect.resumed else None
         if paused is not None:

@@ -8,13 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+from lab import clients
+from lab.arch import ARCHS, X86_64, Arch
 from lab.cache import LabError, say
+from lab.qemu import module
 from lab.qemu.build import TARGETS, ensure_qemu
 from lab.qemu.command import GuestConfig, default_accel
 from lab.qemu.guest import Guest, GuestError, boot_for_person
-from lab.qemu.image import MODULES, ensure_image
+from lab.qemu.image import MODULES, GuestImage, ensure_image
 from lab.qemu.qtest import run_qtests
 from lab.qemu.source import checkpatch
+from lab.tas import TA_FOLDER, ta_files
 
 EPILOG = """\
 To see a guest with the device, type in one terminal
@@ -27,7 +31,6 @@ and in another
 
 and there, in the guest, `virtio-tee guest --help`.
 """
-TA_FOLDER = "/lib/optee_armtz"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,10 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_parser("checkpatch", help=text, description=text)
     text = "build the guest's kernel and initramfs"
     one = sub.add_parser("image", help=text, description=text)
+    _add_arch(one)
     one.add_argument("--module", action="append", default=[], help=f"one more than {', '.join(MODULES)}")
+    text = "build the kernel driver for the guest's kernel, and run the kernel's checkpatch.pl on it"
+    _add_arch(sub.add_parser("module", help=text, description=text))
     text = "boot a guest; without --shell, until its agent answers, then say how long it took"
     one = sub.add_parser("boot", help=text, description=text, epilog=EPILOG)
     one.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_arch(one)
     one.add_argument(
         "--socket", action="append", default=[], help="a backend's socket: one device each; may be repeated"
     )
@@ -61,20 +68,36 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--queues", type=int, default=1, help="request queues of each device (default: 1)")
     one.add_argument("--memory", type=int, default=384, metavar="MIB", help="default: %(default)s")
     one.add_argument(
+        "--kernel-driver",
+        action="store_true",
+        help="the guest's kernel drives the device: /dev/tee0 and /dev/teepriv0. With --arch aarch64 the guest also has"
+        " Debian's libteec and tee-supplicant, and tee-examples (without arguments it says what it can do)",
+    )
+    one.add_argument(
         "--ta-folder", type=Path, metavar="DIR", help=f"put the TAs (*.ta) of this folder into the guest's {TA_FOLDER}"
     )
     one.add_argument("run", nargs="*", help="a command to run in the guest, after `--`")
     return parser
 
 
+def _add_arch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", choices=sorted(ARCHS), default=X86_64.name, help="the guest's architecture (default: %(default)s)"
+    )
+
+
 def _boot(args: argparse.Namespace) -> int:
+    arch = ARCHS[args.arch]
     config = GuestConfig(
         sockets=args.socket,
+        arch=arch,
         memory_mib=args.memory,
         num_request_queues=args.queues,
         accel="kvm" if args.kvm else default_accel(),
+        uio=not args.kernel_driver,
     )
-    image = ensure_image(extra=_tas(args.ta_folder))
+    tas = ta_files(args.ta_folder)
+    image = _driving_image(tas, arch) if args.kernel_driver else ensure_image(extra=tas, arch=arch)
     if args.shell:
         return boot_for_person(config, image)
     with Guest(config, image=image) as guest:
@@ -88,15 +111,11 @@ def _boot(args: argparse.Namespace) -> int:
         return done.returncode
 
 
-def _tas(folder: Path | None) -> list[tuple[str, Path]]:
-    """Path in the guest, file here. Raises LabError where there are none."""
-    if folder is None:
-        return []
-    found = sorted(folder.glob("*.ta"))
-    if not found:
-        raise LabError(f"--ta-folder {folder}: there is no .ta file (virtio-tee ta sign makes them)")
-    # /lib is a link to /usr/lib in the guest, which a folder of that name would replace
-    return [(f"/usr{TA_FOLDER}/{path.name}", path) for path in found]
+def _driving_image(tas: list[tuple[str, Path]], arch: Arch) -> GuestImage:
+    """Whose kernel drives the device."""
+    wanted = (*MODULES, "tee")
+    built = module.ensure_module(ensure_image(wanted, arch=arch))
+    return ensure_image(wanted, [*tas, *clients.for_guest(arch)], arch, [built])
 
 
 def _command(args: argparse.Namespace) -> int:
@@ -111,8 +130,11 @@ def _command(args: argparse.Namespace) -> int:
     elif args.command == "checkpatch":
         print(checkpatch(), end="")
     elif args.command == "image":
-        image = ensure_image((*MODULES, *args.module))
+        image = ensure_image((*MODULES, *args.module), arch=ARCHS[args.arch])
         print(json.dumps({"kernel": str(image.kernel), "initrds": [str(p) for p in image.initrds]}, indent=1))
+    elif args.command == "module":
+        print(module.checkpatch(), end="")
+        print(module.ensure_module(ensure_image((*MODULES, "tee"), arch=ARCHS[args.arch])))
     else:
         return _boot(args)
     say(f"done in {time.monotonic() - began:.1f} s")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
+from lab.arch import ARCHS
 from lab.cache import build_once, digest, say, scratch
 from lab.pypi import tool_python
 from lab.qemu.source import FIRMWARE_RULE, SUITE, QemuSource, apply_patches, patches, qemu_source, unpack
 from lab.run import logged, output
 
-TARGETS = ("x86_64-softmmu", "aarch64-softmmu")
+TARGETS = tuple(arch.target for arch in ARCHS.values())
 TOOLS = ("meson<1.9", "tomli", "setuptools", "wheel", "pycotap", "qemu.qmp", "distlib", "packaging")
 FIRMWARE_PACKAGES = ("seabios", "qemu-system-data", "ipxe-qemu")
 CONFIGURE = (

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.arch import X86_64, Arch
 from lab.qemu.build import QemuBuild
 
-APPEND = "console=ttyS0 quiet panic=0 no_timer_check mitigations=off random.trust_cpu=on"
+APPEND = "quiet panic=0 mitigations=off random.trust_cpu=on"
 
 
 def default_accel() -> str:
@@ -22,6 +23,7 @@ class GuestConfig:
     """What a guest has; each socket is a backend's, and becomes one vhost-user-tee-pci device."""
 
     sockets: Sequence[Path | str] = ()
+    arch: Arch = X86_64
     memory_mib: int = 384
     hugepages: int = 24  # of 2 MiB
     cpus: int = 1
@@ -38,13 +40,13 @@ class GuestConfig:
 
 def command_line(config: GuestConfig, qemu: QemuBuild, kernel: Path, initrd: Path) -> list[str]:
     """Everything but console, monitor and agent port."""
-    words = [APPEND, f"hugepages={config.hugepages}", "lab.uio" if config.uio else "", config.append]
-    append = " ".join(word for word in words if word)
+    words = [config.arch.append, APPEND, f"hugepages={config.hugepages}", config.append]
+    append = " ".join([*words, "lab.uio"] if config.uio else words)
     argv = [
         *(str(qemu.binary), "-L", str(qemu.firmware_dir), "-nodefaults", "-no-user-config"),
         *("-display", "none", "-vga", "none"),
-        *("-M", "q35,memory-backend=mem", "-accel", config.accel, "-smp", str(config.cpus)),
-        *("-cpu", "host" if config.accel.startswith("kvm") else "max"),
+        *("-M", f"{config.arch.machine},memory-backend=mem", "-accel", config.accel, "-smp", str(config.cpus)),
+        *("-cpu", "host" if config.accel.startswith("kvm") else config.arch.cpu),
         *("-m", f"{config.memory_mib}M"),
         *("-object", f"memory-backend-memfd,id=mem,size={config.memory_mib}M,share=on"),
         *("-kernel", str(kernel), "-initrd", str(initrd), "-append", append),

@@ -66,8 +66,8 @@ class Guest(DrivenGuest):
 
     def start(self) -> None:
         """Boot, and return when the agent answers."""
-        qemu = self.qemu or ensure_qemu()
-        image = self.image or ensure_image()
+        qemu = self.qemu or ensure_qemu(self.config.arch.target)
+        image = self.image or ensure_image(arch=self.config.arch)
         # not in $TMPDIR, which may be too long for a unix socket's path
         self._folder = Path(tempfile.mkdtemp(prefix="vtee-", dir="/tmp"))
         atexit.register(self.close)
@@ -198,6 +198,16 @@ class Guest(DrivenGuest):
             raise GuestError("the guest is not running")
         return self._agent.boot
 
+    def wait_ended(self, timeout: float = 60) -> None:
+        """Until the guest has powered its machine off, which ends QEMU. Raises GuestError."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise self._failed(f"the guest still runs after {timeout:g} s") from error
+        if code:
+            raise self._failed(f"QEMU ended with {code}")
+
     def pause(self) -> None:
         """Stop the virtual CPUs: QEMU stops the virtqueues, too."""
         self.qmp("stop")
@@ -218,7 +228,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def boot_for_person(config: GuestConfig, image: GuestImage) -> int:
     """A guest whose console is this terminal."""
-    qemu = ensure_qemu()
+    qemu = ensure_qemu(config.arch.target)
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
         initrd = Path(name) / "initrd"
         initrd.write_bytes(b"".join(part.read_bytes() for part in image.initrds))

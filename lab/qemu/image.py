@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.apt import Apt, unpack_deb
+from lab.arch import X86_64, Arch
 from lab.cache import build_once, digest, say, scratch
-from lab.kernel import load_order, unpacked_image
+from lab.kernel import load_order, module_name, unpacked_image
 from lab.rootfs import ensure_base, ensure_checkout, ensure_modules
 
 KERNEL_SUITE = "bookworm-backports"
-KERNEL_NAME = r"linux-image-6\.12\.[0-9.]+\+deb12-cloud-amd64"
 MODULES = ("uio", "uio_pci_generic", "virtio_rng")
 RECIPE = 1
 
@@ -23,21 +23,29 @@ class GuestImage:
     kernel: Path
     initrds: tuple[Path, ...]  # to be concatenated, in this order
     kernel_release: str
+    arch: Arch
 
 
-def ensure_image(modules: Sequence[str] = MODULES, extra: Sequence[tuple[str, Path]] = ()) -> GuestImage:
+def ensure_image(
+    modules: Sequence[str] = MODULES,
+    extra: Sequence[tuple[str, Path]] = (),
+    arch: Arch = X86_64,
+    built: Sequence[Path] = (),
+) -> GuestImage:
     """Kernel and initramfs, from the cache or built now.
 
-    `modules`: kernel modules that /init loads, by name; what they need is found. `extra`: files to add, each
-    as (path in the guest, file here).
+    `modules`: kernel modules that /init loads, by name; what they need is found. `built`: modules of
+    `lab.qemu.module` that it loads after them. `extra`: files to add, each as (path in the guest, file here).
     """
-    kernel_package = Apt(KERNEL_SUITE).name_like(KERNEL_NAME)
-    kernel_deb = Apt(KERNEL_SUITE).debs([kernel_package])[kernel_package]
+    apt = Apt(KERNEL_SUITE, arch.debian)
+    kernel_package = apt.name_like(arch.kernel)
+    kernel_deb = apt.debs([kernel_package])[kernel_package]
     release = kernel_package.removeprefix("linux-image-")
     kernel = _kernel(kernel_deb, release)
-    base = ensure_base()
-    loaded = ensure_modules(load_order(kernel / "modules", modules))
-    return GuestImage(kernel / "vmlinux", (base / "base.cpio", loaded, ensure_checkout(base, extra)), release)
+    wanted = (*modules, *(module_name(path.name) for path in built))
+    loaded = ensure_modules(load_order(kernel / "modules", wanted, built))
+    initrds = (ensure_base(arch) / "base.cpio", loaded, ensure_checkout(extra))
+    return GuestImage(kernel / "vmlinux", initrds, release, arch)
 
 
 def _kernel(deb: Path, release: str) -> Path:

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 from lab.cache import LabError, say
+from lab.tas import TA_FOLDER, ta_files
 from lab.uml.guest import GuestError, UmlConfig, UmlGuest, boot_for_person
-from lab.uml.image import MODULES, ensure_image
+from lab.uml.image import KERNEL_DRIVER, MODULES, ensure_image
 from lab.uml.modules import OWN, build_module
 
+TEE_ID = 46
 EPILOG = """\
 To see Linux's own driver use a device written in Python, type in one terminal
 
@@ -22,7 +24,11 @@ and in another
 
   python -m lab.uml boot --device /tmp/blk.sock:2 -- dd if=/dev/vda of=/dev/null bs=1M count=64
 
-2 is the virtio ID of a block device; 4 is that of an entropy device, 46 that of a TEE device.
+2 is the virtio ID of a block device; 4 is that of an entropy device, 46 that of a TEE device. For the latter,
+
+  python -m lab.uml boot --kernel-driver /tmp/tee.sock --ta-folder tas --shell
+
+loads the driver of guest_driver/linux, too: docs/linux-driver.md.
 """
 
 
@@ -56,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         *("--device", "-d"), action="append", type=device, default=[], metavar="SOCKET:ID", help="may be repeated"
     )
+    one.add_argument(
+        *("--kernel-driver", "-k"),
+        action="append",
+        default=[],
+        metavar="SOCKET",
+        help="the socket of `virtio-tee serve`; the guest's kernel drives the device, as /dev/tee0; may be repeated",
+    )
+    one.add_argument(
+        "--ta-folder", type=Path, metavar="DIR", help=f"put the TAs (*.ta) of this folder into the guest's {TA_FOLDER}"
+    )
     one.add_argument("--shell", action="store_true", help="the guest's console is this terminal, with a shell")
     one.add_argument("--memory", type=int, default=256, metavar="MIB", help="default: %(default)s")
     one.add_argument("--module", action="append", default=[], help=f"one more than {', '.join(MODULES)}")
@@ -64,8 +80,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _boot(args: argparse.Namespace) -> int:
-    config = UmlConfig(devices=args.device, memory_mib=args.memory)
-    image = ensure_image((*MODULES, *args.module))
+    driven = [(socket, TEE_ID) for socket in args.kernel_driver]
+    config = UmlConfig(devices=[*args.device, *driven], memory_mib=args.memory)
+    driver = KERNEL_DRIVER if driven else ()
+    image = ensure_image((*MODULES, *args.module, *driver), extra=ta_files(args.ta_folder))
     if args.shell:
         return boot_for_person(config, image)
     with UmlGuest(config, image=image) as guest:

@@ -29,6 +29,8 @@ from lab.uml.image import UmlImage, ensure_image
 
 __all__ = ["GuestError", "GuestProcess", "UmlConfig", "UmlGuest"]
 
+# A serial line of user-mode-linux 6.1 stops for good when the guest's buffer for it, of 4096 bytes, is nearly full.
+LONGEST_REQUEST = 3800
 MEMORY_FOLDERS = ("/dev/shm", tempfile.gettempdir())
 
 
@@ -71,6 +73,8 @@ def command_line(config: UmlConfig, binary: Path, initrd: Path, folder: Path, co
 class UmlGuest(DrivenGuest):
     """Boots on entry, is killed on exit, by its own process group only."""
 
+    chunk = 2 << 10
+
     def __init__(self, config: UmlConfig | None = None, *, image: UmlImage | None = None) -> None:
         super().__init__()
         self.config = config or UmlConfig()
@@ -105,7 +109,7 @@ class UmlGuest(DrivenGuest):
         began = time.monotonic()
         initrd = join_initrds(image, self._folder)
         ours, line = socket.socketpair()
-        self._agent = AgentClient(ours)
+        self._agent = AgentClient(ours, LONGEST_REQUEST)
         argv = command_line(self.config, image.binary, initrd, self._folder, "null,fd:1")
         argv += [f"ssl0=fd:{line.fileno()}", "lab.port=/dev/ttyS0"]
         with line, (self._folder / "console").open("wb") as console:

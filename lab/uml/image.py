@@ -12,6 +12,7 @@ from lab.uml.modules import OWN, Module
 from lab.uml.package import ensure_uml
 
 MODULES = ("virtio_blk", "virtio_rng")
+KERNEL_DRIVER = ("tee", "virtio_tee")  # more, for the TEE device
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,5 @@ def ensure_image(
     names = [name.replace("-", "_") for name in modules]
     ours = [*(OWN[name]() for name in names if name in OWN), *built]
     wanted = [*names, *(module.name for module in built)]
-    base = ensure_base()
     loaded = ensure_modules(load_order(uml.modules, wanted, [module.ko for module in ours]))
-    return UmlImage(uml.binary, (base / "base.cpio", loaded, ensure_checkout(base, extra)), uml.release)
+    return UmlImage(uml.binary, (ensure_base() / "base.cpio", loaded, ensure_checkout(extra)), uml.release)

@@ -1,5 +1,5 @@
 """Builds kernel modules for user-mode-linux: `build_module()` for any, `virtio_rng()` and `tee()` from the kernel's own
-source, which Debian's package leaves out."""
+source, which Debian's package leaves out, `virtio_tee()` from ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from lab import hostdeps
 from lab.apt import Apt, unpack_deb
 from lab.cache import LabError, build_once, digest, say, scratch
+from lab.kernel_driver import NAME, SOURCES, WARNINGS
 from lab.run import logged, output
 from lab.uml.package import SUITE, Uml, ensure_uml
 
@@ -153,5 +154,11 @@ def tee() -> Module:
     return _from_kernel("tee", f"obj-m := tee.o\ntee-y := {parts}\n", "drivers/tee/*.[ch]", "lib/genalloc.c")
 
 
+def virtio_tee() -> Module:
+    """The project's driver of the TEE device; it needs `tee()`. Any warning is an error."""
+    flags = f"{WARNINGS} -Wno-type-limits"  # which arch/um's own headers do not stand
+    return build_module(SOURCES, NAME, needs=[tee()], make_arguments=[f"KCFLAGS={flags}"])
+
+
 #: the modules that are built here if a guest wants them
-OWN: dict[str, Callable[[], Module]] = {"virtio_rng": virtio_rng, "tee": tee}
+OWN: dict[str, Callable[[], Module]] = {"virtio_rng": virtio_rng, "tee": tee, NAME: virtio_tee}

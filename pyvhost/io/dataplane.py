@@ -55,6 +55,7 @@ class DataPlane:
         self._ready: deque[Callable[[], object]] = deque()
         self._calls: dict[int, Callable[[], object]] = {self._command: self._do_commands}
         self._edges: set[int] = set()
+        self._alone = False
         self._runners: dict[Runner, float | None] = {}  # when each is due, on the monotonic clock
         self._epoll.register(self._command, select.EPOLLIN)
         self._thread: threading.Thread | None = None
@@ -107,6 +108,10 @@ class DataPlane:
 
     # --- on the thread only
 
+    def alone(self) -> bool:
+        """Whether what is called now is all that there was to call in this turn."""
+        return self._alone and not self._ready and not self._commands
+
     def wake(self, call: Callable[[], object]) -> None:
         """Have ``call`` called in the next turn."""
         self._ready.append(call)
@@ -158,7 +163,9 @@ class DataPlane:
         poll, calls, ready, runners = self._epoll.poll, self._calls, self._ready, self._runners
         timeout: float | None = 0
         while not self._stopping:
-            for fd, _ in poll(timeout, _MAX_EVENTS):
+            events = poll(timeout, _MAX_EVENTS)
+            self._alone = len(events) + len(ready) == 1
+            for fd, _ in events:
                 call = calls.get(fd)
                 if call is not None:
                     try:

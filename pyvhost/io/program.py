@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from pyvhost.device import Device
+from pyvhost.device import SPIN_US, Device
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.server import serve
 from pyvhost.io.sockets import Listener
@@ -30,6 +30,13 @@ def options(description: str, kind: str) -> argparse.ArgumentParser:
     place.add_argument("--fd", type=int, metavar="N", help="an inherited socket instead, listening or connected")
     parser.add_argument(
         "--print-capabilities", action=_Print, nargs=0, const=kind, help="print what this backend can do, and exit"
+    )
+    parser.add_argument(
+        "--spin-us",
+        type=int,
+        default=SPIN_US,
+        metavar="N",
+        help=f"look at an empty queue for N microseconds before sleeping, 0: not at all; {SPIN_US}",
     )
     parser.add_argument("--verbose", action="store_true", help="log more, on stderr")
     return parser
@@ -56,6 +63,7 @@ def run(
     )
     try:
         device = make(arguments)
+        device.spin_us = max(0, arguments.spin_us)
         where = arguments.socket_path
         listener = Listener.at_path(where) if where is not None else Listener.from_fd(arguments.fd)
     except (OSError, ValueError) as e:

@@ -169,6 +169,7 @@ class _Connection:
         self.close_fd = dataplane.close_fd
         self.unwatch = dataplane.unwatch
         self.wake = dataplane.wake
+        self.alone = dataplane.alone
 
     async def call(self, function: Callable[[], _T]) -> _T:
         """Call on the data-plane thread and wait for it. If this is cancelled, it is called nevertheless."""

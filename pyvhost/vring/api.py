@@ -210,9 +210,9 @@ class DeviceQueue(Protocol):
     #: requests that the last backend had taken and not returned, in the order of taking; in flight here. ``pop()``
     #: gives them out first; ``popleft()`` takes one as well
     recovered: deque[Chain]
-    #: how long ``drain()`` goes on looking at an empty ring, in microseconds, before it asks for kicks. The compiled
-    #: queue does so without the interpreter's lock, and less often while it is in vain; the pure one holds up all
-    #: other threads. Either holds up all other queues of the data plane
+    #: how long ``drain()`` goes on looking at an empty ring, in microseconds, before it asks for kicks; less often
+    #: while that is in vain. The compiled queue does so without the interpreter's lock, the pure one holds up all other
+    #: threads. Either holds up all other queues of the data plane; may be changed at any time
     spin_us: int
 
     def pop(self) -> Chain | None:

@@ -29,6 +29,7 @@ from pyvhost.vring.packed import (
 )
 from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.parts import check_parts
+from pyvhost.vring.patience import Patience
 from pyvhost.vring.tables import short_table
 
 __all__ = ["PackedDeviceQueue"]
@@ -77,6 +78,7 @@ class PackedDeviceQueue:
         "_next",
         "_occupied",
         "_order",
+        "_patience",
         "_readonly",
         "_signal",
         "_since",
@@ -116,6 +118,7 @@ class PackedDeviceQueue:
             raise RingError(f"a packed ring cannot have {size} entries")
         self.size = size
         self.spin_us = spin_us
+        self._patience = Patience()
         self.broken: RingError | None = None
         self.stopped = False
         self.inflight: PackedInflight | None = None
@@ -457,9 +460,11 @@ class PackedDeviceQueue:
                     if unsignalled:  # first of all: a driver that sleeps takes time to wake up
                         unsignalled = 0
                         notify()
-                    if self.spin_us:
+                    if self.spin_us and self._patience.is_worth_it():
                         notify()
-                        if self.wait(self.spin_us):
+                        found = self.wait(self.spin_us)
+                        self._patience.learn(found)
+                        if found:
                             continue
                     if not self.enable_notifications():
                         return False

@@ -12,6 +12,7 @@ from pyvhost.inflight import COUNTER_MASK, LAST_HEAD, USED_IDX, SplitInflight
 from pyvhost.memory import GuestMemory
 from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
 from pyvhost.vring.parts import check_parts
+from pyvhost.vring.patience import Patience
 from pyvhost.vring.split import (
     DESC,
     DESC_F_INDIRECT,
@@ -67,6 +68,7 @@ class SplitDeviceQueue:
         "_memory",
         "_next",
         "_order",
+        "_patience",
         "_readonly",
         "_seen",
         "_signal",
@@ -104,6 +106,7 @@ class SplitDeviceQueue:
             raise RingError(f"a split ring cannot have {size} entries")
         self.size = size
         self.spin_us = spin_us
+        self._patience = Patience()
         self.broken: RingError | None = None
         self.stopped = False
         self.inflight: SplitInflight | None = None
@@ -400,9 +403,11 @@ class SplitDeviceQueue:
                     if unsignalled:  # first of all: a driver that sleeps takes time to wake up
                         unsignalled = 0
                         self.notify()
-                    if self.spin_us:
+                    if self.spin_us and self._patience.is_worth_it():
                         self.notify()
-                        if self.wait(self.spin_us):
+                        found = self.wait(self.spin_us)
+                        self._patience.learn(found)
+                        if found:
                             continue
                     if not self.enable_notifications():
                         return False

@@ -32,7 +32,7 @@ from tee.soft.entities import Context, Instance, Program, Registration, Session,
 from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
 from tee.soft.outside import Outside
-from tee.soft.params import admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
+from tee.soft.params import Pairs, admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
 from tee.soft.scheduler import Park, Rare, Scheduler, Task, Wait, suspend
 from tee.soft.states import (
     CONTEXT,
@@ -57,7 +57,8 @@ STEPS_PER_RUN = 64
 RUN_TIME = 0.002
 
 _OPEN, _CONTEXT_OPEN = SessionState.OPEN, ContextState.OPEN
-_WELL: Outcome = (Result.SUCCESS, Origin.TRUSTED_APP)
+_NO_PARAMETERS: tuple[Parameters, Pairs, list[Registration]] = (Parameters(), [], [])
+_WELL: Outcome = (int(Result.SUCCESS), int(Origin.TRUSTED_APP))
 
 
 class SoftTee:
@@ -181,10 +182,14 @@ class SoftTee:
             or context.tee is not self
         ):
             return None
+        seen, pairs, leases = _NO_PARAMETERS
         try:
             if not 0 <= func < 1 << 32:
                 return None
-            seen, pairs, leases = admit(params, context) if params else (Parameters(), [], [])
+            if params:
+                seen, pairs, leases = admit(params, context)
+            else:
+                seen = Parameters()
         except (TeeError, TypeError, AttributeError):
             return None
         task = self._spare
@@ -196,10 +201,9 @@ class SoftTee:
             self._spare = None
             task.context = context
         task.instance, task.session = instance, session
-        task.params, task.pairs = seen, pairs
-        scheduler.take_thread(context.vm)
+        task.pairs = pairs
         instance.owner = task
-        instance.env.enter(task)
+        instance.env.task = task
         error: BaseException | None = None
         coroutine = None
         try:
@@ -214,15 +218,14 @@ class SoftTee:
         else:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
-        scheduler.pass_thread_on(context.vm)
         if outcome is not _WELL:
             self._release(task, instance)
         else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many
             instance.owner = None
-            instance.env.enter(None)
+            instance.env.task = None
         if task.rare is None:
             task.masked = True
-            task.context = task.instance = task.session = task.params = task.pairs = None
+            task.context = task.instance = task.session = task.pairs = None
             self._spare = task
         return outcome
 
@@ -244,6 +247,7 @@ class SoftTee:
             registration.users += 1
         task.ended = self._invoked
         task.context.tasks.add(task)
+        self._scheduler.take_thread(task.context.vm)  # for what ends at once, nobody sees that it has one
         self._scheduler.go_on(task, coroutine, wait)
 
     def cancel(self, call: Call) -> None:
@@ -755,13 +759,13 @@ class SoftTee:
 
     def _enter(self, task: Task) -> None:
         task.entered = True
-        task.instance.env.enter(task)
+        task.instance.env.task = task
 
     def _release(self, task: Task, instance: Instance) -> None:
         """``task`` has ended: the next in the queue may enter, if it was ``task`` that was inside."""
         if instance.owner is not task:
             return
-        instance.env.enter(None)
+        instance.env.task = None
         self._pass_on(instance, task.context)
 
     def _pass_on(self, instance: Instance, context: Context) -> None:

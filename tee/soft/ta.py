@@ -299,9 +299,9 @@ class Environment:
         "_own_mask",
         "_random",
         "_services",
-        "_task",
         "properties",
         "storage",
+        "task",
         "uuid",
         "version",
     )
@@ -327,7 +327,7 @@ class Environment:
         self._log = log
         self._services = services
         self._memory_left = memory
-        self._task: Task | None = None
+        self.task: Task | None = None  # the current call (for the TEE, not for TAs)
         self._floor = False  # a caller of this TA, itself a TA, has masked cancellation
         self._own_mask = True  # what this TA has said itself, while there is a floor
 
@@ -411,20 +411,16 @@ class Environment:
         """A line for the log of the TEE."""
         self._log(f"TA {self.uuid}: {text}")
 
-    def enter(self, task: Task | None) -> None:
-        """From here on ``task`` is the current call (for the TEE, not for TAs)."""
-        self._task = task
-
     def enter_from(self, task: Task, floor: bool) -> None:
-        """As :meth:`enter`, for a call from another TA, which lets no cancel through where ``floor`` (for the TEE)."""
-        self._task = task
+        """A call from another TA begins, which lets no cancel through where ``floor`` (for the TEE)."""
+        self.task = task
         self._floor = floor
         self._own_mask = True
         task.masked = True
 
     def leave_from(self) -> None:
         """The call from another TA has ended (for the TEE)."""
-        self._task = None
+        self.task = None
         self._floor = False
 
     def _mask(self, masked: bool) -> bool:
@@ -437,9 +433,9 @@ class Environment:
 
     def current(self) -> Task:
         """The current call (for the TEE)."""
-        if self._task is None:
+        if self.task is None:
             raise RuntimeError("a TA can wait or ask for cancellation only inside a call")
-        return self._task
+        return self.task
 
 
 class TrustedApplication:

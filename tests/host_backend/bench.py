@@ -372,6 +372,12 @@ class Guest:
                 self.link.wake(index)
         return bool(woken)
 
+    def take(self, chain: Chain) -> None:
+        """What the device does with a request that it has popped, but for letting the TEE run."""
+        slot_of = self.device._slot_of[Queue.REQUEST]
+        data = chain.read()
+        assert self.device.epoch.submit(data, chain.writable_bytes, Queue.REQUEST, chain, slot_of) is None
+
     @property
     def leases(self) -> int:
         """Holds on the guest's memory besides the memory table's own."""

@@ -63,7 +63,7 @@ def taken(guest: Guest) -> None:
     ):
         chain = slot.pop()
         assert chain is not None
-        guest.device._take(Queue.REQUEST, Queue.REQUEST, chain)
+        guest.take(chain)
         assert not sent.done
     assert len(epoch.calls) == before + 3
 
@@ -101,7 +101,7 @@ def closing(guest: Guest) -> None:
     guest.close_context(context, run=False)
     chain = guest.ring(Queue.REQUEST).pop()
     assert chain is not None
-    guest.device._take(Queue.REQUEST, Queue.REQUEST, chain)
+    guest.take(chain)
 
 
 STATES = [running, unregistering, not_begun, taken, rpc_queued, rpc_sent, rpc_withdrawn, memory_lent, closing]

@@ -1,4 +1,7 @@
-"""A backend outside, a real guest under QEMU inside: booted once for a module, reset by tests that need it."""
+"""A backend outside, a real guest under QEMU inside: booted once for a module, reset by tests that need it.
+
+`served` is for modules that have a fixture `linux`: a guest whose kernel drives the device.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.driven import DrivenGuest
 from lab.qemu.guest import Guest, GuestConfig
 from tests.lab.kit import Backend, furnish
+from tests.lab.linux import complaints, supplicant
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +31,14 @@ def guest(backend: Backend) -> Iterator[Guest]:
     with Guest(GuestConfig(sockets=[backend.socket])) as booted:
         furnish(booted, backend)
         yield booted
+
+
+@pytest.fixture
+def served(linux: DrivenGuest) -> Iterator[DrivenGuest]:
+    """With a supplicant; afterwards the kernel must have had nothing to complain of."""
+    serving = supplicant(linux)
+    yield linux
+    if serving.poll() is None:
+        serving.kill()
+        serving.wait()
+    assert complaints(linux) == []

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab.qemu.guest import Guest
+from lab.driven import DrivenGuest
+from lab.tas import TA_FOLDER
 from tee import package
 from tee.soft.examples import UUIDS, source
 
 SCRIPTS = Path(__file__).parent / "guest"
-TA_FOLDER = "/lib/optee_armtz"
 READY_S = 20
 SPLIT_ONLY = """\
 import sys
@@ -58,6 +58,11 @@ class Backend:
         self.process.send_signal(number)
         self.process.communicate(timeout=READY_S)
         return self.process.returncode
+
+    def end(self) -> None:
+        """Stop it, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
 
     def trace(self) -> list[dict[str, Any]]:
         lines = (line.strip().rstrip(",") for line in self.trace_file.read_text().splitlines())
@@ -116,7 +121,7 @@ class Example:
             self.process.wait(timeout=10)
 
 
-def furnish(guest: Guest, backend: Backend) -> None:
+def furnish(guest: DrivenGuest, backend: Backend) -> None:
     """Put the TAs into the guest's folder, and our scripts beside; a reset takes all of it away."""
     for name, uuid in UUIDS.items():
         guest.put(f"{TA_FOLDER}/{uuid}.ta", backend.package(name))

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -20,9 +21,10 @@ import pytest
 
 from lab import apt, cache, cpio, hostdeps, kernel, mirror, pypi, run
 from lab.agent import AgentClient, AgentError
+from lab.arch import ARCHS, Arch
 from lab.guest.agent import Agent
 from lab.lock import File, Lock, Pin
-from lab.qemu.build import QemuBuild
+from lab.qemu.build import TARGETS, QemuBuild
 from lab.qemu.command import GuestConfig, command_line
 from lab.uml import guest as uml
 from lab.uml.__main__ import device
@@ -298,6 +300,21 @@ def test_each_socket_becomes_a_device() -> None:
     assert "host" in argv
 
 
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+def test_each_architecture_has_its_machine(arch: Arch) -> None:
+    """The memory is shared, and the console is one that the kernel is told of."""
+    qemu = QemuBuild(Path("/q"), arch.target, "10")
+    argv = command_line(GuestConfig(arch=arch, accel="tcg"), qemu, Path("/k"), Path("/i"))
+    after = dict(itertools.pairwise(argv))
+    assert argv[0] == f"/q/bin/qemu-system-{arch.name}"
+    assert after["-M"].endswith(",memory-backend=mem")
+    assert after["-object"].startswith("memory-backend-memfd,id=mem,")
+    assert after["-object"].endswith(",share=on")
+    assert after["-append"].startswith("console=tty")
+    assert after["-cpu"].startswith("max")
+    assert arch.target in TARGETS
+
+
 # -- the agent ------------------------------------------------------------------------------------------
 
 
@@ -323,6 +340,16 @@ def client() -> Iterator[AgentClient]:
     port.shutdown(socket.SHUT_RDWR)
     client.close()
     thread.join()
+    port.close()
+
+
+def test_a_request_that_a_guests_line_does_not_take_is_not_sent() -> None:
+    ours, port = socket.socketpair()
+    client = AgentClient(ours, longest=100)
+    with pytest.raises(AgentError, match="more than the guest's line takes"):
+        client.call("put", 5, data="x" * 100)
+    client.close()
+    assert port.recv(1) == b""
     port.close()
 
 

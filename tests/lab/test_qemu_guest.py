@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from lab.qemu.guest import Guest, GuestConfig
+from lab.tas import TA_FOLDER
 from tee import package
 from tee.soft.examples import UUIDS, source
-from tests.lab.kit import TA_FOLDER, Backend, furnish
+from tests.lab.kit import Backend, furnish
 
 pytestmark = pytest.mark.lab
 

@@ -15,7 +15,7 @@ import pytest
 
 from lab.cache import LabError
 from lab.uml import modules
-from lab.uml.guest import UmlConfig, UmlGuest
+from lab.uml.guest import GuestError, UmlConfig, UmlGuest
 from lab.uml.image import MODULES, ensure_image
 from tests.lab.kit import SCRIPTS, Backend, Example
 
@@ -99,7 +99,7 @@ def test_entropy_and_disk(folder: Path, ring: str, queue: str) -> None:
             guest.put("/root/block_load.py", (SCRIPTS / "block_load.py").read_bytes())
             load = guest.spawn(["python3", "/root/block_load.py", "/dev/vda", "4"])
             load.wait_for("started")
-            time.sleep(2)
+            time.sleep(1)
             guest.run(["touch", "/run/stop"])
             assert load.wait(timeout=120) == 0, load.stderr
             outcome = json.loads(load.stdout.splitlines()[-1])
@@ -198,3 +198,15 @@ def test_a_module_that_needs_what_nobody_exports_is_not_built(folder: Path) -> N
     (folder / "Kbuild").write_text("obj-m := bad.o\n")
     with pytest.raises(LabError, match="nobody_has_this"):
         modules.build_module(folder, "bad")
+
+
+def test_files_of_any_size_go_in_and_out() -> None:
+    """A serial line of user-mode-linux stops for good when the guest's buffer for it has been full."""
+    image = ensure_image()
+    data = random.Random(2).randbytes(100_001)
+    with UmlGuest(UmlConfig(), image=image) as guest:
+        guest.put("/root/data", data)
+        assert guest.get("/root/data") == data
+        with pytest.raises(GuestError, match="more than the guest's line takes"):
+            guest.run(["cat"], stdin=data)
+        assert guest.run(["wc", "-c", "/root/data"]).stdout.split()[0] == str(len(data))

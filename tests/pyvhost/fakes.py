@@ -118,6 +118,9 @@ class FakePorts:
     def wake(self, call: Callable[[], object]) -> None:
         self.ready.append(call)
 
+    def alone(self) -> bool:
+        return False
+
     def post(self, call: Callable[[], object]) -> None:
         self.ready.append(call)
 

@@ -435,6 +435,21 @@ def test_a_kick_fd_that_cannot_be_polled(vmm: Vmm) -> None:
     vmm.leave()
 
 
+def test_a_queue_spins_only_where_nothing_else_waits(vmm: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm.start(0)
+    seen = []
+    for alone in (True, False, True):
+        monkeypatch.setattr(vmm.ports, "alone", lambda alone=alone: alone)
+        vmm.add(0)
+        vmm.ports.turn()
+        queue = vmm.session.device.queues[0]
+        assert queue is not None
+        seen.append(queue.spin_us)
+    assert seen == [vmm.session.device.spin_us, 0, vmm.session.device.spin_us]
+    assert vmm.session.device.spin_us > 0
+    vmm.leave()
+
+
 def test_fds_replaced_while_running(vmm: Vmm) -> None:
     vmm.start(0)
     before = len(vmm.ports.open_fds)

@@ -169,3 +169,34 @@ def test_start_and_stop(no_fd_leak: None) -> None:
         plane.post(print)
     with pytest.raises(StateError):
         plane.start()
+
+
+def test_alone_is_whoever_holds_up_nobody(plane: DataPlane) -> None:
+    first, second = os.eventfd(0), os.eventfd(0)
+    seen: list[tuple[int, bool]] = []
+    called = threading.Semaphore(0)
+
+    def note(which: int) -> None:
+        seen.append((which, plane.alone()))
+        called.release()
+
+    def both() -> None:
+        os.eventfd_write(first, 1)
+        os.eventfd_write(second, 1)
+
+    def watch() -> None:
+        plane.watch(first, lambda: note(1), edge=True)
+        plane.watch(second, lambda: note(2), edge=True)
+
+    plane.post(watch)
+    settle(plane)
+    os.eventfd_write(first, 1)
+    assert called.acquire(timeout=10)
+    plane.post(both)  # from the thread itself, so that one turn sees both
+    for _ in range(2):
+        assert called.acquire(timeout=10)
+    assert seen[0] == (1, True)
+    assert sorted(seen[1:]) == [(1, False), (2, False)]
+    settle(plane)
+    os.close(first)
+    os.close(second)

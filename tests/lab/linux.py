@@ -1,0 +1,113 @@
+"""What the tests of the kernel driver share: a guest whose kernel drives the device.
+
+`VIRTIO_TEE_ARCH=aarch64` makes it an arm64 guest for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab.arch import ARCHS, X86_64
+from lab.driven import DrivenGuest, GuestProcess
+from lab.qemu.guest import Guest, GuestConfig
+from lab.qemu.image import MODULES, ensure_image
+from lab.qemu.module import ensure_module
+from lab.uml import image as uml
+from lab.uml import modules
+from lab.uml.guest import UmlConfig, UmlGuest
+from tests.lab.kit import SCRIPTS, Backend, furnish
+
+ARCH = ARCHS[os.environ.get("VIRTIO_TEE_ARCH") or X86_64.name]
+SUPPLICANT = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--ta-folder", "/lib/optee_armtz"]
+BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "INFO: task", "Call Trace")
+
+
+@contextmanager
+def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
+    """A guest with two CPUs; the driver is there, but not loaded. `options`: more properties of the device."""
+    image = ensure_image((*MODULES, "tee"), arch=ARCH)
+    module = ensure_module(image)
+    config = GuestConfig(sockets=[socket], arch=ARCH, cpus=2, uio=False, device_options=options)
+    with Guest(config, image=image) as guest:
+        guest.put("/root/virtio_tee.ko", module.read_bytes())
+        guest.put("/root/vtee_test.ko", ensure_module(image, SCRIPTS / "kernel").read_bytes())
+        guest.put("/root/linux_steps.py", (SCRIPTS / "linux_steps.py").read_bytes())
+        yield guest
+
+
+@contextmanager
+def linux_guest(backend: Backend, folder: Path, options: str = "") -> Iterator[Guest]:
+    """The driver is loaded, a supplicant is not started."""
+    with bare_guest(backend.socket, options) as guest:
+        load(guest, backend, folder)
+        yield guest
+
+
+@contextmanager
+def uml_guest(backend: Backend, folder: Path) -> Iterator[UmlGuest]:
+    """The same under user-mode-linux."""
+    driver = modules.virtio_tee()
+    probe = modules.build_module(SCRIPTS / "kernel", "vtee_test", needs=[modules.tee()])
+    image = uml.ensure_image(("tee",))
+    with UmlGuest(UmlConfig(devices=[(backend.socket, 46)]), image=image) as guest:
+        for module in (driver, probe):
+            guest.put(f"/root/{module.name}.ko", module.ko.read_bytes())
+        load(guest, backend, folder)
+        yield guest
+
+
+def load(guest: DrivenGuest, backend: Backend, folder: Path) -> None:
+    """Furnish it, put the client in C into it, and load the driver, which is there."""
+    furnish(guest, backend)
+    guest.put("/root/client", client(folder).read_bytes(), 0o755)
+    guest.run(["insmod", "/root/virtio_tee.ko"])
+
+
+def client(folder: Path) -> Path:
+    """The client in C, which needs nothing of the guest."""
+    binary = folder / "client"
+    source = SCRIPTS / "client.c"
+    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-pthread"]
+    subprocess.run([*compiler, "-o", binary, source], check=True, timeout=60)
+    return binary
+
+
+def supplicant(guest: DrivenGuest) -> GuestProcess:
+    """A supplicant that serves already."""
+    started = guest.spawn(SUPPLICANT)
+    started.wait_for("ready")
+    return started
+
+
+def told(guest: DrivenGuest, *arguments: str, timeout: float = 60) -> dict[str, object]:
+    """What the last line of a step of `linux_steps.py` says."""
+    out = guest.run(["python3", "/root/linux_steps.py", *arguments], timeout=timeout).stdout
+    found = json.loads(out.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def step(guest: DrivenGuest, *arguments: str) -> GuestProcess:
+    """Start a step and wait until it holds what it is to hold."""
+    started = guest.spawn(["python3", "-u", "/root/linux_steps.py", *arguments])
+    started.wait_for("holding")
+    return started
+
+
+def ended(started: GuestProcess, timeout: float = 60) -> dict[str, object]:
+    """How a step ended."""
+    assert started.wait(timeout) == 0, started.stderr
+    found = json.loads(started.stdout.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def complaints(guest: DrivenGuest) -> list[str]:
+    """Lines of the kernel's log that no driver may cause."""
+    log = guest.run(["dmesg"]).stdout
+    return [line for line in log.splitlines() if any(word in line for word in BAD_WORDS)]

@@ -1,0 +1,308 @@
+"""The kernel driver in a real Debian guest (x86-64, two CPUs): clients, supplicant, and all that can go wrong."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.driven import DrivenGuest
+from tests.lab.kit import Backend
+from tests.lab.linux import complaints, ended, linux_guest, step, supplicant, told
+
+pytestmark = pytest.mark.lab
+requirement = pytest.mark.requirement
+
+TARGET_DEAD = "TARGET_DEAD"
+
+
+@pytest.fixture(scope="module")
+def linux(backend: Backend) -> Iterator[DrivenGuest]:
+    with tempfile.TemporaryDirectory(prefix="vtee-") as folder, linux_guest(backend, Path(folder)) as guest:
+        yield guest
+
+
+def device(guest: DrivenGuest) -> str:
+    """The virtio device's name."""
+    return guest.run(["sh", "-c", "basename /sys/bus/virtio/drivers/virtio_tee/virtio*"]).stdout.strip()
+
+
+def usage(backend: Backend) -> int:
+    """Contexts that clients have opened and not closed."""
+    return len(backend.ended("OPEN_CONTEXT")) - len(backend.ended("CLOSE_CONTEXT"))
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, clients on the ioctls of /dev/tee0")
+@requirement("DRV-REQ-1")
+def test_a_client_in_c(served: DrivenGuest) -> None:
+    said = served.run(["/root/client"]).stdout.splitlines()
+    assert said == [
+        "version 1 0xd",
+        "open 0",
+        "hello 0 42",
+        "close_session 0",
+        "no_ta 0xffff0008",
+        "login_user 0",
+        "close_session 0",
+        "open_probe 0",
+        f"add 0 4 {2**40 + 1} {2**50 + 2}",
+        "fail 0x10000001 4",
+        "close_session 0",
+        "close_session 22",
+        "shm_alloc 12288 1",
+        "xor_allocated 0 1 5000",
+        "short_buffer 0xffff0010 11",
+        "outside -22",
+        "echo 0 3 25 33",
+        f"shm_register {(8 << 20) - 456}",
+        f"xor_registered 0 1 {5 << 20}",
+        "beside 1",
+        "closed -22",
+        "bad_address 14",
+        "empty 1",
+        "close_session 0",
+        "cancel_nothing 2",
+        "cancel 0xffff0002",
+        "close_session 0",
+        "panic 0xffff3024 3",
+        "after_panic 0xffff3024",
+    ]
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, TAs are loaded over RPC from the supplicant on /dev/teepriv0")
+@requirement("DRV-RPC-3", "DRV-RPC-6")
+def test_a_ta_is_loaded_over_teepriv(served: DrivenGuest, backend: Backend) -> None:
+    before = len(backend.ended("LOAD_TA"))
+    assert told(served, "hello") == {"open": "SUCCESS", "value": 42}
+    loads = backend.ended("LOAD_TA")[before:]
+    assert len(loads) == 2
+    assert {load["args"]["answered_by"] for load in loads} == {"guest"}
+
+
+def test_many_calls_at_a_time(served: DrivenGuest) -> None:
+    assert told(served, "many", timeout=120) == {"wrong": []}
+
+
+@requirement("DRV-SES-1")
+def test_system_calls_that_make_no_sense(served: DrivenGuest) -> None:
+    assert told(served, "abuse") == {
+        "no session": "BAD_PARAMETERS",
+        "close": "Invalid argument",
+        "close none": "Invalid argument",
+        "unknown type": "Invalid argument",
+        "unknown bits": "Invalid argument",
+        "no memory": "Invalid argument",
+        "kernel login": "Operation not permitted",
+        "strange login": "Invalid argument",
+        "nothing": "Invalid argument",
+        "too much": "Cannot allocate memory",
+        "far too much": "Invalid argument",
+        "null": "SUCCESS",
+        "meta": "SUCCESS",
+        "another's memory": "Invalid argument",
+        "another's session": "BAD_PARAMETERS",
+    }
+    assert told(served, "hello")["value"] == 42
+
+
+def test_more_clients_than_the_device_takes(served: DrivenGuest) -> None:
+    found = told(served, "contexts")
+    assert found == {"count": 255, "refused": "Device or resource busy"}  # one of 256 is the supplicant's
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, the kernel's own TEE clients")
+def test_a_client_in_the_kernel(served: DrivenGuest) -> None:
+    served.run(["insmod", "/root/vtee_test.ko"])
+    try:
+        said = served.run(["cat", "/sys/module/vtee_test/parameters/result"]).stdout
+    finally:
+        served.run(["rmmod", "vtee_test"])
+    assert said.strip().split(";")[:-1] == [
+        "hello 0 0x0",
+        "add 0 0x0 42",
+        "close 0",
+        "kernel 0 0xffff0001",  # the device refuses a guest's REE_KERNEL
+        "probe 0 0x0",
+        "allocated 0 0x0 0",
+        "outside -22",
+        "registered 0 0x0 0",
+        "outside -22",
+    ]
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, a client that is killed in a call")
+@requirement("DRV-CTX-1", "DRV-CTX-2")
+def test_a_killed_client(served: DrivenGuest, backend: Backend) -> None:
+    """The call is cancelled, the context closed; the memory is given back after that and not before."""
+    open_before, cancelled = usage(backend), len(backend.wait_for("CANCEL", 0))
+    holding = step(served, "hold")
+    backend.wait_for("INVOKE", 1, phase="b")
+    time.sleep(0.5)
+    holding.kill(signal.SIGKILL)
+    assert holding.wait(10) == -signal.SIGKILL
+    backend.wait_for("CANCEL", cancelled + 1)
+    end = time.monotonic() + 20
+    while usage(backend) > open_before:
+        assert time.monotonic() < end, "the context is not closed"
+        time.sleep(0.1)
+    assert backend.ended("INVOKE")[-1]["args"]["ret"] == "CANCEL"
+    assert told(served, "hello")["value"] == 42
+
+
+@requirement("DRV-MEM-1")
+def test_killed_clients_leave_no_memory_behind(served: DrivenGuest) -> None:
+    found = told(served, "killed_clients", timeout=120)
+    lost = found["lost_mib"]
+    assert isinstance(lost, int)
+    assert lost < 40  # of 135 that were shared
+
+
+def test_a_supplicant_without_meta_parameters(linux: DrivenGuest) -> None:
+    plain = step(linux, "plain_supplicant")
+    assert told(linux, "hello")["value"] == 42
+    plain.kill()
+    plain.wait()
+    assert complaints(linux) == []
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, a supplicant that is missing, dies, or answers nonsense")
+@requirement("DRV-RPC-1")
+def test_no_supplicant(linux: DrivenGuest) -> None:
+    found = told(linux, "hello")
+    assert found["open"] == "ITEM_NOT_FOUND"
+    serving = supplicant(linux)
+    assert told(linux, "second_supplicant") == {"error": "Device or resource busy"}
+    assert told(linux, "hello")["value"] == 42
+    serving.kill()
+    serving.wait()
+    assert complaints(linux) == []
+
+
+@requirement("DRV-RPC-2")
+def test_a_supplicant_that_dies_while_the_tee_waits(linux: DrivenGuest, backend: Backend) -> None:
+    stuck = step(linux, "stuck_supplicant")
+    client = linux.spawn(["python3", "-u", "/root/linux_steps.py", "hello"])
+    stuck.wait_for("stuck")
+    stuck.kill(signal.SIGKILL)
+    stuck.wait()
+    assert ended(client)["open"] == "COMMUNICATION"
+    serving = supplicant(linux)
+    assert told(linux, "hello")["value"] == 42
+    serving.kill()
+    serving.wait()
+    assert complaints(linux) == []
+
+
+@requirement("DRV-RPC-7")
+def test_a_supplicant_that_answers_too_late(linux: DrivenGuest, backend: Backend) -> None:
+    """The device withdraws the RPC after its deadline; the late answer changes nothing."""
+    before = len(backend.wait_for("RPC_WITHDRAWN_ACK", 0))
+    late = step(linux, "late_supplicant")
+    assert told(linux, "hello")["open"] == "COMMUNICATION"
+    late.wait_for("late", 30)
+    assert len(backend.wait_for("RPC_WITHDRAWN_ACK", before + 1)) == before + 1
+    assert told(linux, "hello")["value"] == 42
+    late.kill()
+    late.wait()
+    assert complaints(linux) == []
+
+
+def test_a_supplicant_that_answers_nonsense(linux: DrivenGuest) -> None:
+    bad = step(linux, "bad_supplicant")
+    assert told(linux, "hello")["open"] in ("OUT_OF_MEMORY", "COMMUNICATION")
+    assert ended(bad) == {
+        "nothing asked": "No such file or directory",
+        "first": 0,
+        "other request": "No such file or directory",
+        "too few": "Invalid argument",
+        "second": 6,
+        "twice": "No such file or directory",
+    }
+    assert complaints(linux) == []
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, suspend and resume")
+def test_suspend_and_resume(served: DrivenGuest) -> None:
+    """Calls under way end, sessions are gone; whoever comes afterwards is served."""
+    lost = step(served, "lose")
+    served.run(["insmod", "/root/vtee_test.ko", "what=suspend"])
+    served.run(["rmmod", "vtee_test"])
+    found = ended(lost)
+    # whether the client, which is not frozen here, runs again before the device does
+    assert found.pop("more memory") in ("Stale file handle", "No such device")
+    assert found == {
+        "in flight": TARGET_DEAD,
+        "old session": TARGET_DEAD,
+        "with memory": TARGET_DEAD,
+        "close": None,
+    }
+
+
+def test_after_the_resume(served: DrivenGuest) -> None:
+    assert told(served, "hello")["value"] == 42
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, the device is removed with calls in flight")
+def test_the_device_is_removed(linux: DrivenGuest) -> None:
+    serving = supplicant(linux)
+    lost = step(linux, "lose")
+    name = device(linux)
+    removing = linux.spawn(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/unbind"])
+    assert ended(lost) == {
+        "in flight": TARGET_DEAD,
+        "old session": TARGET_DEAD,
+        "with memory": TARGET_DEAD,
+        "more memory": "No such device",
+        "close": None,
+    }
+    assert serving.wait() == 0  # it sees that the device has gone
+    assert removing.wait() == 0
+    assert linux.run(["sh", "-c", "ls /dev/tee*"], check=False).returncode != 0
+    linux.run(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/bind"])
+    serving = supplicant(linux)
+    assert told(linux, "hello")["value"] == 42
+    assert linux.run(["rmmod", "virtio_tee"], check=False).returncode != 0  # in use
+    serving.kill()
+    serving.wait()
+    linux.run(["rmmod", "virtio_tee"])
+    linux.run(["insmod", "/root/virtio_tee.ko"])
+    assert complaints(linux) == []
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, the backend is killed and started again")
+@requirement("DRV-EPO-1", "DRV-INI-1")
+def test_the_backend_is_killed_and_started_again() -> None:
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
+        backend = Backend(Path(name))
+        backend.start()
+        with linux_guest(backend, Path(name)) as guest:
+            serving = supplicant(guest)
+            lost = step(guest, "lose")
+            backend.stop(signal.SIGKILL)
+            backend.start()
+            found = ended(lost)
+            assert found["in flight"] in ("COMMUNICATION", TARGET_DEAD)
+            assert found["old session"] == TARGET_DEAD
+            assert found["with memory"] == TARGET_DEAD
+            assert found["more memory"] == "Stale file handle"
+            # the supplicant was not started again
+            assert told(guest, "hello")["value"] == 42
+            assert serving.poll() is None
+            assert complaints(guest) == []
+        assert backend.stop() == 0
+
+
+@pytest.mark.feature("Guests: Linux kernel driver, packed rings")
+def test_packed_rings_without_indirect_descriptors() -> None:
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
+        backend = Backend(Path(name))
+        backend.start()
+        with linux_guest(backend, Path(name), "packed=on,indirect_desc=off") as guest:
+            supplicant(guest)
+            assert told(guest, "many", timeout=120) == {"wrong": []}
+            assert complaints(guest) == []
+        assert backend.stop() == 0
