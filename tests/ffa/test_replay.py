@@ -29,6 +29,7 @@ def replay(lines: Lines) -> Report:
     return Replay(parse((json.dumps(line) for line in lines), "trace")).run()
 
 
+@pytest.mark.feature("FF-A: the SPMC answers as OP-TEE 4.10 did when Linux 7.2 was recorded (`ffa replay`)")
 @pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
 def test_the_model_answers_as_the_firmware(path: Path) -> None:
     report = replay(load(path))

@@ -28,6 +28,7 @@ def page_of(bench: Bench, id: int) -> int:
     return bench.pages(id)[0][0] // 0x1000
 
 
+@pytest.mark.feature("FF-A: memory is shared, lent and donated between VMs and partitions of FF-A 1.0, 1.1 and 1.2")
 @pytest.mark.parametrize(("sender", "receiver"), PAIRS)
 @pytest.mark.parametrize("call", SENDS, ids=lambda c: c.name)
 def test_who_may_access_what_when(bench: Bench, call: Call, sender: int, receiver: int) -> None:
