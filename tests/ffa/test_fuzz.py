@@ -16,9 +16,7 @@ from ffa.roles.spmc import Spmc
 CALLS = 12_500
 
 
-@pytest.mark.feature(
-    "FF-A: random calls from any caller leave every page with one owner, and no access without a grant"
-)
+@pytest.mark.feature("FF-A: whatever is called, every page has one owner, and nobody access without a grant")
 @pytest.mark.parametrize("world", fuzz.WORLDS)
 def test_nothing_breaks_an_invariant(world: Callable[[], fuzz.World]) -> None:
     fuzzer = fuzz.Fuzzer(20, world)
