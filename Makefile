@@ -8,11 +8,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lab-test lab-qemu-linux lab-uml docs clean
+.PHONY: help demo test long-test check lab-test lab-qemu-linux lab-uml docs clean
 
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
+	@echo 'make long-test 1,000,000 fuzzed FF-A calls, each followed by a check of every page'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest -q
+
+long-test: $(READY)
+	$(RUN) -m ffa.fuzz 1000000
 
 check: $(READY)
 	$(RUN) -m ruff check .

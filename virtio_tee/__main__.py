@@ -14,6 +14,7 @@ COMMANDS = {
     "supplicant": "virtio_tee.supplicant:supplicant",
     "ta": "virtio_tee.ta:ta",
     "decode": "virtio_tee.cli_decode:decode",
+    "ffa": "virtio_tee.ffa:ffa",
     "bench": "virtio_tee.bench.command:bench",
 }
 """Name → where the click command is."""
