@@ -215,6 +215,7 @@ def test_a_ring_that_takes_long_gets_shorter_turns(guest: Guest, monkeypatch: py
             taken.append(before - len(guest.ring(Queue.REQUEST).available))
         return taken
 
+    monkeypatch.setattr(backend_device, "_LONG_S", 1000.0)  # none is
     assert turns(70) == [BUDGET, 70 - BUDGET]
     monkeypatch.setattr(backend_device, "_LONG_S", 0.0)  # every turn is a long one
     assert turns(10) == [10]
