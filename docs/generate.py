@@ -20,6 +20,7 @@ machine NAME              the state diagram of ``device.machines.MACHINES[NAME]`
 features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
 requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
 faults                    what docs/faults.toml says, and tests with ``@pytest.mark.fault("quota", …)``
+calls                     what a guest's programs call, by tests with ``@pytest.mark.call("TEE_IOC_INVOKE", …)``
 ========================  ==================================================================================
 """
 
@@ -456,6 +457,39 @@ def faults(prefix: str) -> str:
     return "\n".join(out)
 
 
+CALLS = {
+    "System calls (`<linux/tee.h>`)": (
+        *("TEE_IOC_VERSION", "TEE_IOC_SHM_ALLOC", "TEE_IOC_OPEN_SESSION", "TEE_IOC_INVOKE", "TEE_IOC_CANCEL"),
+        *("TEE_IOC_CLOSE_SESSION", "TEE_IOC_SUPPL_RECV", "TEE_IOC_SUPPL_SEND", "TEE_IOC_SHM_REGISTER"),
+    ),
+    "TEE Client API (`libteec`)": (
+        *("TEEC_InitializeContext", "TEEC_FinalizeContext", "TEEC_RegisterSharedMemory", "TEEC_AllocateSharedMemory"),
+        *("TEEC_ReleaseSharedMemory", "TEEC_OpenSession", "TEEC_CloseSession", "TEEC_InvokeCommand"),
+        "TEEC_RequestCancellation",
+    ),
+}
+"""What a guest's programs call."""
+
+
+def calls(prefix: str) -> str:
+    """Every call of a guest's programs, with the tests that show it."""
+    shown: dict[str, list[str]] = {name: [] for names in CALLS.values() for name in names}
+    for test in marked_tests(ROOT):
+        if test.marker == "call":
+            for name in test.arguments:
+                if name not in shown:
+                    raise DocsError(f"{test.node} is marked with a call that nobody knows: {name}")
+                shown[name].append(test.node)
+    missing = [name for name, nodes in shown.items() if not nodes]
+    if missing:
+        raise DocsError(f"no test shows these calls: {', '.join(missing)}")
+    rows = []
+    for title, names in CALLS.items():
+        rows.append([f"**{title}**", ""])
+        rows += [[f"`{name}`", _proof(shown[name], prefix)] for name in names]
+    return table(["call", "shown by"], rows)
+
+
 def _runs_sometimes(node: str) -> bool:
     """Whether the test is skipped, expected to fail, or run in the lab only; or not there at all."""
     path, *names = node.split("::")
@@ -508,7 +542,12 @@ PLAIN: dict[str, Callable[[], str]] = {
     "rpc-commands": rpc_commands,
     "metrics": metrics,
 }
-FROM_TESTS: dict[str, Callable[[str], str]] = {"features": features, "requirements": requirements, "faults": faults}
+FROM_TESTS: dict[str, Callable[[str], str]] = {
+    "features": features,
+    "requirements": requirements,
+    "faults": faults,
+    "calls": calls,
+}
 
 
 def block(what: str, prefix: str) -> str:

@@ -117,6 +117,9 @@ def test_the_binaries_are_debians(linux: Guest) -> None:
 
 
 @pytest.mark.feature("Guests: Debian's libteec on the kernel driver (arm64), each call and parameter of its API")
+@pytest.mark.call("TEEC_InitializeContext", "TEEC_FinalizeContext", "TEEC_OpenSession", "TEEC_CloseSession")
+@pytest.mark.call("TEEC_RegisterSharedMemory", "TEEC_AllocateSharedMemory", "TEEC_ReleaseSharedMemory")
+@pytest.mark.call("TEEC_InvokeCommand", "TEEC_RequestCancellation")
 def test_the_client_api(served: Guest) -> None:
     said = served.run(["tee-api"], timeout=120).stdout.splitlines()
     assert said == [
@@ -153,6 +156,7 @@ SHARED = ("{} 0/4", "{}_whole 1", "{} 0/4", "{}_part 1", "outside 0xffff0006/1")
 
 
 @pytest.mark.feature("Guests: Debian's tee-supplicant (arm64) loads the TAs; RFC 4226's and NIST's vectors")
+@pytest.mark.call("TEEC_InitializeContext", "TEEC_OpenSession", "TEEC_InvokeCommand")
 def test_all_examples(served: Guest, backend: Backend) -> None:
     loaded, opened = (len(backend.ended(name)) for name in ("LOAD_TA", "OPEN_SESSION"))
     assert example(served, "hello_world", 0, 41) == ["42"]

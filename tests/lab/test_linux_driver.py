@@ -38,6 +38,8 @@ def usage(backend: Backend) -> int:
 
 @pytest.mark.feature("Guests: Linux kernel driver, clients on the ioctls of /dev/tee0")
 @requirement("DRV-REQ-1")
+@pytest.mark.call("TEE_IOC_VERSION", "TEE_IOC_OPEN_SESSION", "TEE_IOC_INVOKE", "TEE_IOC_CLOSE_SESSION")
+@pytest.mark.call("TEE_IOC_CANCEL", "TEE_IOC_SHM_ALLOC", "TEE_IOC_SHM_REGISTER")
 def test_a_client_in_c(served: DrivenGuest) -> None:
     said = served.run(["/root/client"]).stdout.splitlines()
     assert said == [
@@ -75,6 +77,7 @@ def test_a_client_in_c(served: DrivenGuest) -> None:
 
 @pytest.mark.feature("Guests: Linux kernel driver, TAs are loaded over RPC from the supplicant on /dev/teepriv0")
 @requirement("DRV-RPC-3", "DRV-RPC-6")
+@pytest.mark.call("TEE_IOC_SUPPL_RECV", "TEE_IOC_SUPPL_SEND", "TEE_IOC_OPEN_SESSION", "TEE_IOC_INVOKE")
 def test_a_ta_is_loaded_over_teepriv(served: DrivenGuest, backend: Backend) -> None:
     before = len(backend.ended("LOAD_TA"))
     assert told(served, "hello") == {"open": "SUCCESS", "value": 42}
@@ -88,6 +91,7 @@ def test_many_calls_at_a_time(served: DrivenGuest) -> None:
 
 
 @requirement("DRV-SES-1")
+@pytest.mark.call("TEE_IOC_OPEN_SESSION", "TEE_IOC_CLOSE_SESSION", "TEE_IOC_INVOKE", "TEE_IOC_SHM_ALLOC")
 def test_system_calls_that_make_no_sense(served: DrivenGuest) -> None:
     assert told(served, "abuse") == {
         "no session": "BAD_PARAMETERS",
