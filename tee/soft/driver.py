@@ -218,6 +218,7 @@ class SoftTee:
         else:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
+        error = None  # its traceback refers to this frame, and so to the client's memory
         if outcome is not _WELL:
             self._release(task, instance)
         else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many
