@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -245,7 +244,8 @@ class TeeDevice(Device):
             self._abandon(index, queue)
         kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
 
-        limit, slot_of, clock = self._max_readable, self._slot_of[index], time.monotonic
+        limit, slot_of, clock, router = self._max_readable, self._slot_of[index], self._clock, self.router
+        self.epoch.eager = not router.busy
         signalled = clock()
 
         def take(chain: Chain) -> int | None:
@@ -258,12 +258,14 @@ class TeeDevice(Device):
             response = self.epoch.submit(chain.read(), room, kind, chain, slot_of)
             now = clock()
             if now - signalled > _SIGNAL_S:  # of the ones before: this one is not there yet
+                router.spend(now - signalled)
+                self.epoch.eager = not router.busy
                 signalled = now
                 queue.notify()
             if response is not None:
                 return chain.write(response)
             queue.spin_us = 0  # there is work
-            self.router.serve()
+            router.serve()
             if self._completed >= _NOTIFY_EVERY:
                 self.flush()
             return None

@@ -124,6 +124,8 @@ class Epoch:
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
+        self.eager = True
+        """Invokes may begin at once, where the TEE can; else they are only started."""
         self.rpcs = GuestRpcs(self, clock)
 
     # -- requests
@@ -138,7 +140,7 @@ class Epoch:
         """
         begun: Unfinished | None = None
         try:
-            if self._at_once is not None and queue is _REQUEST and len(data) >= _INVOKE_SIZE:
+            if self.eager and queue is _REQUEST and len(data) >= _INVOKE_SIZE:
                 outcome = self._invoke_at_once(data, room)
                 if isinstance(outcome, bytes):
                     return outcome
@@ -294,6 +296,9 @@ class Epoch:
 
         Raises RequestError as that would.
         """
+        at_once = self._at_once
+        if at_once is None:
+            return None
         kind, flags, epoch, tag, ident, zero, session_ident, func, count, zero_too = INVOKE_HEAD.unpack_from(data)
         session = self.sessions.get(session_ident)
         if (
@@ -311,8 +316,6 @@ class Epoch:
             or self._sought
         ):
             return None
-        at_once = self._at_once
-        assert at_once is not None
         at = time.monotonic_ns() if self.trace is not None else 0
         if not count:
             if len(data) != _INVOKE_SIZE or room < _BARE_RESPONSE:
