@@ -289,6 +289,7 @@ class TeeDevice(Device):
             if queue is None or queue.stopped or not self.link.enabled(index):
                 continue  # it is not to be looked at
             count = min(left, budget)
+            queue.spin_us = 0  # others wait to be looked at
             if self._drain(index, queue, count):
                 self.link.wake(index)
                 if left > count:

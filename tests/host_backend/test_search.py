@@ -59,6 +59,12 @@ def test_it_takes_no_more_of_a_turn_than_a_ring(guest: Guest) -> None:
     assert cancel.status == Status.NOT_FOUND
 
 
+@pytest.mark.fault("cancel-storm")
+def test_it_waits_at_no_empty_ring(guest: Guest) -> None:
+    assert guest.cancel(guest.open_context(), 4711).status == Status.NOT_FOUND
+    assert {guest.ring(index).spin_us for index in range(Queue.REQUEST, Queue.REQUEST + QUEUES)} == {0}
+
+
 @requirement("DEV-CAN-1")
 @pytest.mark.fault("cancel-storm")
 def test_a_driver_that_goes_on_adding_is_answered(guest: Guest) -> None:
