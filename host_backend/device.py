@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,10 +31,6 @@ _SIGNAL_S = 30e-6
 
 _BUDGET = 64
 """Requests taken from one ring before others have their turn: the control queue, say, with a cancel."""
-
-_LONG_S = 0.002
-_SHORT_BUDGET = 4
-"""… where the last turn took longer than that many seconds: TAs compute."""
 
 _RPC_RINGS = frozenset({Queue.CONTROL, Queue.EVENT})
 """While one of them is stopped no RPC can be answered."""
@@ -83,7 +78,6 @@ class TeeDevice(Device):
         self._announce = False
         """… and is still to be told that its state is gone."""
         self._completed = 0
-        self._budget = _BUDGET
         self._connected = False
         self.memory_version = 0
         self.epoch = self._begin(0)
@@ -236,9 +230,7 @@ class TeeDevice(Device):
             self.epoch.rpcs.pump()
             more = False
         else:
-            began = time.monotonic()
-            more = self._drain(index, queue, self._budget)
-            self._budget = _BUDGET if time.monotonic() - began < _LONG_S else _SHORT_BUDGET
+            more = self._drain(index, queue, _BUDGET)
         if index == Queue.CONTROL and self._search:
             more |= self._go_on_searching()
         if queue.broken is not None and self._trace is not None:
@@ -252,8 +244,9 @@ class TeeDevice(Device):
             self._abandon(index, queue)
         kind = Queue.CONTROL if index == Queue.CONTROL else Queue.REQUEST
 
-        limit, slot_of, clock = self._max_readable, self._slot_of[index], time.monotonic
+        limit, slot_of, clock, router = self._max_readable, self._slot_of[index], self._clock, self.router
         quick = kind is Queue.REQUEST
+        self.epoch.eager = not router.busy
         signalled = clock()
 
         def take(chain: Chain) -> int | None:
@@ -266,19 +259,21 @@ class TeeDevice(Device):
             data = chain.read()
             epoch = self.epoch
             response: bytes | None
-            outcome = epoch.invoke_at_once(data, room) if quick else None
+            outcome = epoch.invoke_at_once(data, room) if quick and epoch.eager else None
             if isinstance(outcome, bytes):
                 response = outcome
             else:
                 response = epoch.submit(data, room, kind, chain, slot_of, outcome)
             now = clock()
             if now - signalled > _SIGNAL_S:  # of the ones before: this one is not there yet
+                router.spend(now - signalled)
+                self.epoch.eager = not router.busy
                 signalled = now
                 queue.notify()
             if response is not None:
                 return chain.write(response)
             queue.spin_us = 0  # there is work
-            self.router.serve()
+            router.serve()
             if self._completed >= _NOTIFY_EVERY:
                 self.flush()
             return None
@@ -302,6 +297,7 @@ class TeeDevice(Device):
             if queue is None or queue.stopped or not self.link.enabled(index):
                 continue  # it is not to be looked at
             count = min(left, budget)
+            queue.spin_us = 0  # others wait to be looked at
             if self._drain(index, queue, count):
                 self.link.wake(index)
                 if left > count:

@@ -17,6 +17,9 @@ from tee.rpc import Rpc, RpcReply, describe_command
 
 log = logging.getLogger(__name__)
 
+_TURN_S = 0.002
+"""Seconds in one turn of the loop in which requests are served while they are taken; then others have their turn."""
+
 
 class Route(Enum):
     """Who answers an RPC."""
@@ -52,8 +55,9 @@ class Router:
         self.touched = False
         """Set by whoever starts something on the TEE outside of :meth:`run`, so that the loop calls it."""
         self.trace: Recorder | None = None
-        self._busy = False
-        """The TEE has more to do than it did in this turn of the loop."""
+        self.busy = False
+        """The TEE has more to do than is done in this turn of the loop: what is started now is for :meth:`run`."""
+        self._left = _TURN_S
         self._clock = clock
         self._dirty: dict[Flushed, None] = {}
         self._asking: dict[Epoch, None] = {}
@@ -66,8 +70,14 @@ class Router:
 
     def serve(self) -> None:
         """Let the TEE begin what was just started; later, in :meth:`run`, where long work would hold up the caller."""
-        if not self._busy:
-            self._busy = self.tee.run() == 0
+        if not self.busy:
+            self.busy = self.tee.run() == 0
+
+    def spend(self, seconds: float) -> None:
+        """So long requests were served while they were taken."""
+        self._left -= seconds
+        if self._left < 0:
+            self.busy = True
 
     def touch(self) -> None:
         """The TEE's file descriptor is readable: have :meth:`run` called."""
@@ -76,7 +86,8 @@ class Router:
     def run(self) -> float | None:
         """Let the TEE work, give up late RPCs; the seconds until it is to be called again (see ``TeeDriver``)."""
         due = self.tee.run()
-        self._busy = due == 0
+        self.busy = due == 0
+        self._left = _TURN_S
         for epoch in list(self._asking):
             try:
                 left = epoch.rpcs.expire()

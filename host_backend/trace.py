@@ -8,12 +8,15 @@ show it as a timeline; the closing bracket may be missing. Times are microsecond
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import IO, Any
 
 from device.wire import Request, Status
 from tee.results import describe
 from tee.rpc import describe_command
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -92,11 +95,12 @@ class Recorders(Recorder):
 
 
 class Trace(Recorder):
-    """Writes events to ``out`` as they happen."""
+    """Writes events to ``out`` as they happen. Where that fails (a full disk), the trace ends and guests go on."""
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
         self._out.write("[")
+        self._lost = False
         self._separator = "\n"
         self._vms: dict[str, int] = {}
         self._open: dict[tuple[str, str, int], tuple[float, str]] = {}
@@ -105,8 +109,11 @@ class Trace(Recorder):
 
     def close(self) -> None:
         """End the file, which then is a whole JSON array."""
-        self._out.write("\n]\n")
-        self._out.close()
+        try:
+            self._out.write("\n]\n")
+            self._out.close()
+        except OSError as e:
+            self._end_early(e)
 
     def request(self, vm: str, kind: int, tag: int, began: int) -> None:
         self._begin(vm, "requests", Request(kind).name, tag, at=began / 1000)
@@ -164,6 +171,19 @@ class Trace(Recorder):
         self._write(vm, {"name": name, "ph": "e", "cat": lane, "id": key, "ts": now, "args": args})
 
     def _write(self, vm: str, event: dict[str, Any]) -> None:
+        if self._lost:
+            return
+        try:
+            self._record(vm, event)
+        except OSError as e:
+            self._end_early(e)
+
+    def _end_early(self, error: OSError) -> None:
+        if not self._lost:
+            self._lost = True
+            log.error("the trace cannot be written and ends here: %s; make room, and restart to record again", error)
+
+    def _record(self, vm: str, event: dict[str, Any]) -> None:
         pid = self._vms.get(vm)
         if pid is None:
             pid = self._vms[vm] = len(self._vms) + 1

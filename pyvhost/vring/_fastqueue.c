@@ -1423,10 +1423,14 @@ static PyObject *queue_wait(Queue *q, PyObject *timeout)
 	return truth(spin(q, us > 1000000 ? 1000000 : (unsigned int)us));
 }
 
+/* Looks in one drain() that bring something: as in patience.py. */
+#define MAX_FINDS 32
+
 /* Serve requests; whether some are left, -1 for an exception. */
 static int drain(Queue *q, PyObject *handler, Py_ssize_t budget, Py_ssize_t notify_every)
 {
 	Py_ssize_t unsignalled = 0;
+	int finds = 0;
 	if (disable_notifications(q) < 0)
 		return -1;
 	while (budget > 0) {
@@ -1435,15 +1439,17 @@ static int drain(Queue *q, PyObject *handler, Py_ssize_t budget, Py_ssize_t noti
 		if (some < 0)
 			return -1;
 		if (!some) {
-			if (q->spin_us && !q->broken && !q->stopped) {
+			if (q->spin_us && finds < MAX_FINDS && !q->broken && !q->stopped) {
 				unsignalled = 0;
 				if (notify(q) < 0)
 					return -1;
 				some = spin_adaptively(q);
 				if (some < 0)
 					return -1;
-				if (some)
+				if (some) {
+					finds++;
 					continue;
+				}
 			}
 			some = enable_notifications(q);
 			if (some <= 0)

@@ -29,7 +29,7 @@ from pyvhost.vring.packed import (
 )
 from pyvhost.vring.packed_inflight import PackedInflight
 from pyvhost.vring.parts import check_parts
-from pyvhost.vring.patience import Patience
+from pyvhost.vring.patience import MAX_FINDS, Patience
 from pyvhost.vring.tables import short_table
 
 __all__ = ["PackedDeviceQueue"]
@@ -452,7 +452,7 @@ class PackedDeviceQueue:
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         pop, push, notify = self.pop, self.push, self.notify
         self.disable_notifications()
-        unsignalled = 0
+        unsignalled = finds = 0
         try:
             while budget > 0:
                 chain = pop()
@@ -460,11 +460,12 @@ class PackedDeviceQueue:
                     if unsignalled:  # first of all: a driver that sleeps takes time to wake up
                         unsignalled = 0
                         notify()
-                    if self.spin_us and self._patience.is_worth_it():
+                    if self.spin_us and finds < MAX_FINDS and self._patience.is_worth_it():
                         notify()
                         found = self.wait(self.spin_us)
                         self._patience.learn(found)
                         if found:
+                            finds += 1
                             continue
                     if not self.enable_notifications():
                         return False

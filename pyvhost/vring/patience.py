@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Patience"]
+__all__ = ["MAX_FINDS", "Patience"]
 
 _MAX_MISSES = 6
+
+MAX_FINDS = 32
+"""Looks in one ``drain()`` that bring something: a driver that adds a request each time shall not hold up others."""
 
 
 class Patience:

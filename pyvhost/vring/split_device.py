@@ -12,7 +12,7 @@ from pyvhost.inflight import COUNTER_MASK, LAST_HEAD, USED_IDX, SplitInflight
 from pyvhost.memory import GuestMemory
 from pyvhost.vring.api import Chain, DeviceQueue, Fences, Inflight
 from pyvhost.vring.parts import check_parts
-from pyvhost.vring.patience import Patience
+from pyvhost.vring.patience import MAX_FINDS, Patience
 from pyvhost.vring.split import (
     DESC,
     DESC_F_INDIRECT,
@@ -375,7 +375,7 @@ class SplitDeviceQueue:
         if inflight is not None:
             counters, marks, nexts, words = inflight.counters, inflight.marks, inflight.nexts, inflight.words
         avail, used, ids, lengths, held = self._avail, self._used, self._ids, self._lengths, self._held
-        unsignalled = 0
+        unsignalled = finds = 0
         self.disable_notifications()
         try:
             while budget > 0:
@@ -403,11 +403,12 @@ class SplitDeviceQueue:
                     if unsignalled:  # first of all: a driver that sleeps takes time to wake up
                         unsignalled = 0
                         self.notify()
-                    if self.spin_us and self._patience.is_worth_it():
+                    if self.spin_us and finds < MAX_FINDS and self._patience.is_worth_it():
                         self.notify()
                         found = self.wait(self.spin_us)
                         self._patience.learn(found)
                         if found:
+                            finds += 1
                             continue
                     if not self.enable_notifications():
                         return False

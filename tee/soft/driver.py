@@ -29,6 +29,7 @@ from tee.params import Param
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
 from tee.soft.entities import Context, Instance, Program, Registration, Session, Visit
+from tee.soft.inbox import Inbox
 from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
 from tee.soft.outside import Outside
@@ -111,7 +112,8 @@ class SoftTee:
         self._working = 0  # pieces of work that the workers have
         self._loader = Loader(keys, max_ta_size, outside, self._on_host)
         self._built_in = {u: Program(u, ta, ta.version) for u, ta in (built_in or {}).items()}
-        self._inbox: deque[Call] = deque()
+        self._inbox = Inbox()
+        self._started = self._inbox.lines  # whether there are any is asked often
         self._outbox: deque[Event] = deque()
         self._calls: dict[Call, Task | None] = {}
         self._cancelled: set[Call] = set()
@@ -172,7 +174,7 @@ class SoftTee:
     def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
         """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while anything at all is ready to run."""
         scheduler = self._scheduler
-        if type(session) is not Session or self._inbox or scheduler.ready or scheduler.free <= 0:
+        if type(session) is not Session or self._started or scheduler.ready or scheduler.free <= 0:
             return None
         instance, context = session.instance, session.context
         if (
@@ -218,6 +220,7 @@ class SoftTee:
         else:
             return _Begun(self, task, coroutine, wait, leases)
         outcome = _WELL if error is None and not pairs and task.rare is None else self._outcome(task, error)
+        error = None  # its traceback refers to this frame, and so to the client's memory
         if outcome is not _WELL:
             self._release(task, instance)
         else:  # nobody can have begun to wait for the instance: not even looked for, which costs where there are many
@@ -268,7 +271,7 @@ class SoftTee:
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
-        inbox, outbox, scheduler, sink = self._inbox, self._outbox, self._scheduler, self._sink
+        started, outbox, scheduler, sink = self._started, self._outbox, self._scheduler, self._sink
         if sink is None:
             raise RuntimeError("attach a sink first")
         ready = scheduler.ready
@@ -278,13 +281,13 @@ class SoftTee:
         scheduler.expire()
         end: float | None = None  # the clock is not asked where there is one step to make
         for _ in range(STEPS_PER_RUN):
-            if inbox:
-                self._start(inbox.popleft())
+            if started:
+                self._start(self._inbox.popleft())
             if ready:
                 scheduler.step()
             while outbox:
                 sink(outbox.popleft())
-            if not inbox and not ready:
+            if not started and not ready:
                 left = scheduler.expire()
                 return 0.0 if ready else left
             if end is None:

@@ -449,7 +449,7 @@ class TestResponses:
 
 
 class TestEvents:
-    @requirement("DRV-EVT-2")
+    @requirement("DRV-EVT-1", "DRV-EVT-2")
     def test_ignored(self, device: Device) -> None:
         device.send_event(0x9999, b"anything")
         device.send_event(Event.NOTIFICATION, word(1))

@@ -101,6 +101,7 @@ class FakeQueue:
     size = 256
     broken = None
     next_base = 0
+    spin_us = 20
 
     def __init__(self, heads: Callable[[], int]) -> None:
         self._heads = heads

@@ -25,6 +25,8 @@ def guest(bench: Bench) -> Guest:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("started"):
+        return  # it sees to both itself
     if metafunc.cls is None or not issubclass(metafunc.cls, unittest.TestCase):
         metafunc.parametrize("at_once", [True, False], ids=["at-once", "started"], indirect=True)
 

@@ -11,6 +11,7 @@ from device.machines import LifeState
 from device.wire import ParamType, Request
 from host_backend.epoch import Epoch
 from host_backend.rpcs import GuestRpcs
+from host_backend.trace import Trace
 from tee.rpc import RpcCommand
 from tee.soft.ta import UUID
 from tests.host_backend.bench import RAM, Bench, Guest
@@ -135,3 +136,20 @@ def test_an_error_in_giving_up_rpcs_or_telling(
     assert other.open_session(theirs)
     assert not other.link.closed
     next_guest_is_served(guest)
+
+
+@pytest.mark.fault("trace-full")
+def test_a_trace_on_a_full_disk_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(open("/dev/full", "w"))  # noqa: SIM115 - the trace closes it
+    bench = Bench(trace=trace)
+    guest = bench.guest()
+    context = guest.open_context()
+    session = guest.open_session(context)
+    assert guest.invoke(context, session, 0).ret == 0
+    assert guest.wait(context, session, 1).done is False
+    guest.end()
+    assert not guest.link.closed
+    bench.check_empty()
+    trace.close()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "No space left" in caplog.text

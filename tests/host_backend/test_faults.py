@@ -278,6 +278,23 @@ def test_a_single_instance_that_hangs_in_a_guests_rpc(bench: Bench) -> None:
     assert neighbour.guest.invoke(neighbour.context, theirs.response.ident(), 0).ret == 0
 
 
+@pytest.mark.fault("hung-instance")
+def test_a_guest_that_is_reset_while_a_single_instance_hangs(bench: Bench) -> None:
+    """Its session there ends after the hung call, and its next start waits for that."""
+    guest, other = bench.guest(), bench.guest()
+    other.open_session(other.open_context(), Shared.uuid)
+    context = guest.open_context()
+    hung = guest.invoke(context, guest.open_session(context, Shared.uuid), 1)
+    other.reset()
+    other.start(buffers=4)
+    first = other.send(Request.OPEN_CONTEXT, flags=0)
+    bench.pass_time(guest.limits.rpc_deadline_ms / 1000 - 0.1)
+    assert not first.done
+    bench.pass_time(0.2)
+    bench.turn()
+    assert (hung.done, first.ret) == (True, 0)
+
+
 def test_the_quotas_are_those_of_the_config_space() -> None:
     """Whoever adds a limit adds its quota above."""
     mine = {quota.__name__ for quota in QUOTAS} | {"rpcs"}

@@ -59,6 +59,12 @@ def test_it_takes_no_more_of_a_turn_than_a_ring(guest: Guest) -> None:
     assert cancel.status == Status.NOT_FOUND
 
 
+@pytest.mark.fault("cancel-storm")
+def test_it_waits_at_no_empty_ring(guest: Guest) -> None:
+    assert guest.cancel(guest.open_context(), 4711).status == Status.NOT_FOUND
+    assert {guest.ring(index).spin_us for index in range(Queue.REQUEST, Queue.REQUEST + QUEUES)} == {0}
+
+
 @requirement("DEV-CAN-1")
 @pytest.mark.fault("cancel-storm")
 def test_a_driver_that_goes_on_adding_is_answered(guest: Guest) -> None:
@@ -198,25 +204,3 @@ def test_found_while_the_control_ring_rests(guest: Guest) -> None:
     guest.resume(Queue.CONTROL)
     guest.bench.turn()
     assert cancel.ret == 0
-
-
-def test_a_ring_that_takes_long_gets_shorter_turns(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = guest.open_context()
-    session = guest.open_session(context)
-
-    def turns(count: int) -> list[int]:
-        """How many of so many requests each turn takes."""
-        sent = [guest.invoke(context, session, 0, run=False) for _ in range(count)]
-        taken = []
-        while not all(one.done for one in sent):
-            before = len(guest.ring(Queue.REQUEST).available)
-            guest.look()
-            guest.bench.router.run()
-            taken.append(before - len(guest.ring(Queue.REQUEST).available))
-        return taken
-
-    monkeypatch.setattr(backend_device, "_LONG_S", 1000.0)  # none is
-    assert turns(70) == [BUDGET, 70 - BUDGET]
-    monkeypatch.setattr(backend_device, "_LONG_S", 0.0)  # every turn is a long one
-    assert turns(10) == [10]
-    assert turns(10) == [4, 4, 2]

@@ -655,6 +655,29 @@ def test_spinning_serves_what_comes_meanwhile(kind: Kind) -> None:
 
 
 @each_kind
+def test_spinning_ends_where_a_driver_adds_one_at_a_time(kind: Kind) -> None:
+    pair = kind.pair(8)
+    pair.device = successor(kind, pair.device, pair, spin_us=200_000)
+    pair.driver.add([(pair.data, 1)], [], 0)
+    adders: list[threading.Timer] = []
+
+    def handler(chain: Chain) -> int:
+        if len(adders) < 200:
+            adders.append(threading.Timer(0.001, add))
+            adders[-1].start()
+        return 0
+
+    def add() -> None:
+        pair.driver.poll()
+        pair.driver.add([(pair.data, 1)], [], 0)
+
+    pair.device.drain(handler, budget=1000)
+    assert 1 < len(adders) < 200
+    for adder in adders:
+        adder.join()
+
+
+@each_kind
 def test_what_is_written_is_logged(kind: Kind) -> None:
     pair = kind.pair(8, indirect=4, regions=((0x1000, 0x3000), (0x4000, 0x10000)))
     marks: list[tuple[int, int]] = []

@@ -194,6 +194,7 @@ class TestMemory:
         for direction in (OUT, INOUT):
             assert bench.invoke(session, 0, MemRef(direction, memory, 0, 4)).code == Result.BAD_PARAMETERS
 
+    @pytest.mark.requirement("DEV-MEM-4")
     def test_an_input_cannot_be_written(self, spy: Bench) -> None:
         def act(params: Parameters) -> None:
             memory = params.memory(0, IN)
