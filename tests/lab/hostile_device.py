@@ -181,9 +181,8 @@ def _raw(entries: Callable[[int], list[tuple[int, int]]]) -> Lie:
         queue: Any = device.queues[Queue.REQUEST]
         chain.write(response)
         for head, written in entries(chain.head):
-            slot = (queue._used_idx & (queue.size - 1)) << 1
-            queue._used32[slot] = head
-            queue._used32[slot + 1] = written
+            slot = queue._used_idx & (queue.size - 1)
+            queue._ids[slot], queue._lengths[slot] = head, written
             queue._used_idx = queue._used[1] = (queue._used_idx + 1) & 0xFFFF
         queue.notify()
 
