@@ -51,10 +51,10 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class Ask:
-    """An RPC on its way to the VM. ``own``: of the partition; nobody in the TEE waits for the answer."""
+    """An RPC on its way to the VM. One of the partition's own has no answer that anybody waits for."""
 
     rpc: Rpc
-    own: bool = False
+    own: list[Wire] | None = None  #: what an RPC of the partition says
     withdrawn: bool = False
 
 

@@ -122,7 +122,7 @@ class OpteePartition(Endpoint):
         for thread in list(guest.threads.values()):
             thread.then = None
             for ask in [*thread.asks, *([thread.asked] if thread.asked is not None else ())]:
-                if not ask.own and not ask.withdrawn:
+                if ask.own is None and not ask.withdrawn:
                     self.tee.answer(ask.rpc, RpcReply(Result.COMMUNICATION))
             self._leave(thread)
         if guest.context is not None:
@@ -215,7 +215,8 @@ class OpteePartition(Endpoint):
             begin = self._COMMANDS.get(thread.message.cmd)
             if begin is None:
                 raise MessageError(Result.NOT_IMPLEMENTED, f"no command {thread.message.cmd}")
-            begin(self, thread)
+            if not thread.done:  # otherwise its parameters made no sense
+                begin(self, thread)
         except MessageError as e:
             log.debug("vm %s: message refused: %s", guest.vm, e)
             thread.end(e.code, Origin.TEE)
@@ -351,7 +352,6 @@ class OpteePartition(Endpoint):
         try:
             thread.wires = unpack_params(wires)
         except MessageError as e:
-            thread.message.cmd = -1
             thread.end(e.code, Origin.TEE)
         thread.hold(shm)
         self._threads[thread.ident] = guest.threads[thread.ident] = thread
@@ -496,7 +496,7 @@ class OpteePartition(Endpoint):
         """What was raised since the last time, each value by an RPC."""
         values = thread.guest.values
         while values:
-            self._own(thread, RpcCommand.NOTIFICATION, [Value(Direction.IN, NOTIFY_SEND, values.popleft())])
+            self._own(thread, RpcCommand.NOTIFICATION, Value(Direction.IN, NOTIFY_SEND, values.popleft()))
         thread.end(Result.SUCCESS, Origin.TEE)
 
     def _stop_notifications(self, thread: Thread) -> None:
@@ -504,11 +504,7 @@ class OpteePartition(Endpoint):
         thread.guest.values.clear()
         thread.end(Result.SUCCESS, Origin.TEE)
 
-    def _refused(self, thread: Thread) -> None:
-        """Its parameters made no sense: the outcome is there."""
-
     _COMMANDS: ClassVar[dict[int, Callable[[Any, Thread], None]]] = {
-        -1: _refused,
         Command.OPEN_SESSION: _open_session,
         Command.INVOKE_COMMAND: _invoke,
         Command.CLOSE_SESSION: _close_session,
@@ -519,20 +515,20 @@ class OpteePartition(Endpoint):
 
     # -- RPCs
 
-    def _own(self, thread: Thread, command: int, params: list[Param]) -> None:
-        thread.asks.append(Ask(Rpc(command, params), own=True))
+    def _own(self, thread: Thread, command: int, wire: Wire) -> None:
+        thread.asks.append(Ask(Rpc(command, []), own=[wire]))
 
     def _ask(self, thread: Thread, ask: Ask) -> bool:
         """Puts an RPC into the thread's RPC argument; whether it could be. The TEE is told if not."""
         guest, rpc = thread.guest, ask.rpc
         try:
-            wires = self._question(guest, rpc)
+            wires = self._question(guest, rpc) if ask.own is None else ask.own
             if len(wires) > RPC_PARAMS:
                 raise MessageError(Result.NOT_SUPPORTED, f"an RPC with {len(wires)} parameters")
             data = Message(rpc.command, num_params=len(wires)).pack() + pack_params(wires)
         except MessageError as e:
             log.warning("an RPC of the TEE cannot be sent: %s", e)
-            if not ask.own:
+            if ask.own is None:
                 self.tee.answer(rpc, RpcReply(e.code))
             return False
         thread.shm.memory.write(thread.rpc_at, data)
@@ -564,6 +560,8 @@ class OpteePartition(Endpoint):
             if rpc.command == RpcCommand.SHM_ALLOC:
                 self._allocated(thread, ask, message.ret, wires)
                 return
+            if ask.own is not None:
+                return
             if rpc.command == RpcCommand.SHM_FREE:
                 reply = RpcReply(message.ret)
             else:
@@ -574,7 +572,7 @@ class OpteePartition(Endpoint):
         self._reply(ask, reply)
 
     def _reply(self, ask: Ask, reply: RpcReply) -> None:
-        if not ask.own and not ask.withdrawn:
+        if ask.own is None and not ask.withdrawn:
             self.tee.answer(ask.rpc, reply)
 
     def _allocated(self, thread: Thread, ask: Ask, code: int, wires: list[Wire]) -> None:
@@ -588,9 +586,17 @@ class OpteePartition(Endpoint):
             case _:
                 raise MessageError(Result.COMMUNICATION, "SHM_ALLOC is answered with one output memory reference")
         asked = ask.rpc.params[0] if ask.rpc.params else Nothing()
-        if isinstance(asked, Value) and wire.size < asked.b:
-            raise MessageError(Result.COMMUNICATION, f"{wire.size} bytes where {asked.b} were asked for")
-        found = to_param(wire, partial(self._hold, thread))
+        held = len(thread.held)
+        try:
+            if isinstance(asked, Value) and wire.size < asked.b:
+                raise MessageError(Result.COMMUNICATION, f"{wire.size} bytes where {asked.b} were asked for")
+            found = to_param(wire, partial(self._hold, thread))
+        except MessageError:
+            for shm in thread.held[held:]:
+                shm.users -= 1
+            del thread.held[held:]
+            self._free(thread, wire.handle)
+            raise
         assert isinstance(found, MemRef)
         assert found.memory is not None
         given = MemRef(Direction.INOUT, found.memory, found.offset, found.size)
@@ -601,20 +607,22 @@ class OpteePartition(Endpoint):
             thread.taking = None
             if code:
                 shm.users -= 1
+                self._free(thread, shm.handle)
                 self._reply(ask, RpcReply(Result.COMMUNICATION))
-                return
-            thread.guest.lent.append(shm)
-            if ask.withdrawn:
-                self._free(thread, given)
+            elif ask.withdrawn:
+                shm.users -= 1
+                self._free(thread, shm.handle)
             else:
+                thread.guest.lent.append(shm)
                 self._given[ask.rpc] = thread.guest, given
                 self.tee.answer(ask.rpc, RpcReply(Result.SUCCESS, [given]))
 
         thread.taking, thread.then = ask, then
         self._register(thread)
 
-    def _free(self, thread: Thread, given: MemRef) -> None:
-        self._own(thread, RpcCommand.SHM_FREE, [Value(Direction.IN, ShmType.APPLICATION), given])
+    def _free(self, thread: Thread, handle: int) -> None:
+        """The VM has given memory that nobody can use."""
+        self._own(thread, RpcCommand.SHM_FREE, Value(Direction.IN, ShmType.APPLICATION, handle))
 
     # -- events of the TEE
 
@@ -641,10 +649,9 @@ class OpteePartition(Endpoint):
         thread = self._by_call.get(rpc.call) if rpc.call is not None else None
         guest, given = self._given.pop(rpc, (None, None))
         if guest is not None and given is not None and given.memory is not None:
-            if thread is not None:
-                self._free(thread, given)
-            else:
-                guest.give_back(given.memory)
+            guest.give_back(given.memory)
+            if thread is not None and given.memory.ffa_handle is not None:
+                self._free(thread, given.memory.ffa_handle)
         if thread is None:
             return
         for ask in list(thread.asks):
@@ -655,6 +662,8 @@ class OpteePartition(Endpoint):
                 had.withdrawn = True
 
     def _notified(self, guest: Guest, value: int) -> None:
+        if value in guest.values:
+            return
         if guest.ended or len(guest.values) >= self.limits.notifications:
             log.warning("vm %s: notification %#x is lost", guest.vm, value)
             return
