@@ -307,13 +307,16 @@ class FfaTeeDriver:
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
                     progress |= self._step(flights.popleft())
+        closing = [context for context in self._contexts if context.closing is not None]
+        for context in closing:
+            self._go_on_closing(context)
         self._give_back()
         sink = self._sink
         assert sink is not None
         while self._ready:
             progress = True
             sink(self._ready.popleft())
-        if self._runnable or self._waiting or self._ending:
+        if self._runnable or self._waiting or self._ending or closing:
             return 0.0 if progress else RETRY_S
         if progress:
             return 0.0
@@ -324,6 +327,12 @@ class FfaTeeDriver:
         self._closed = True
         for flight in list(self._all):
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
+        for context in self._contexts:
+            for region in context.registered.values():
+                self._unshare(region)
+            if context.closing is not None:
+                self._done(context.closing, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
+                context.closing = None
         if self._bit:
             ids = self._partition << 16 | self._endpoint.id
             self._endpoint.call(Ffa.NOTIFICATION_UNBIND, ids, 0, *halves(self._bit))
@@ -331,6 +340,10 @@ class FfaTeeDriver:
         self._ending.update(dict.fromkeys(self._spare, 0))
         self._spare.clear()
         self._give_back()
+        for region in self._ending:  # OP-TEE still has it: run() goes on trying, but nobody is kept waiting
+            if region.ending is not None:
+                self._done(region.ending, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
+                region.ending = None
 
     # -- FF-A
 
@@ -421,10 +434,13 @@ class FfaTeeDriver:
 
     def _go_on_closing(self, context: FfaContext) -> None:
         """Calls end first, then sessions, then registrations; then the context is closed."""
-        if context.closing is None or any(f.context is context for f in self._all):
+        if self._closed or context.closing is None or any(f.context is context for f in self._all):
             return
-        for session in [s for s in context.sessions if not s.closing]:
-            self._close(session, None)
+        try:
+            for session in [s for s in context.sessions if not s.closing]:
+                self._close(session, None)
+        except MemoryError:
+            return  # run() tries again
         if context.sessions:
             return
         for region in context.registered.values():

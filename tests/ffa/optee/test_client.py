@@ -112,6 +112,28 @@ def test_memory_is_unregistered_when_its_last_call_has_ended() -> None:
     driven.driver.release(memory)
 
 
+def test_closing_the_driver_ends_what_is_under_way() -> None:
+    driven = Path().driver()
+    context = driven.context()
+    session, memory = driven.session(context, PROBE), driven.driver.allocate(100)
+    driven.call(RegisterMemory(context=context, memory=memory))
+    params = [MemRef(Direction.INOUT, memory, 0, 10), Value(Direction.INOUT, 60_000)]
+    calls = [
+        Invoke(session=session, func=8, params=list(params)),
+        UnregisterMemory(context=context, memory=memory),
+        CloseContext(context=context),
+    ]
+    for call in calls:
+        driven.driver.start(call)
+    driven.driver.close()
+    late = OpenContext()
+    driven.driver.start(late)
+    driven.run(20)
+    ended = {event.call: event.code for event in driven.events if isinstance(event, Done)}
+    assert len(ended) == len(driven.events) == 4
+    assert {ended[call] for call in (calls[2], late)} == {Result.COMMUNICATION}
+
+
 def test_what_is_refused_before_it_is_sent() -> None:
     path = Path()
     driven = path.driver()
@@ -247,6 +269,7 @@ def test_a_partition_that_lies(seed: int) -> None:
     ended: list[Done] = []
     contexts: list[object] = [driven.context()]
     sessions: list[object] = []
+    memories: list[Memory] = []
 
     def run() -> None:
         for _ in range(20):
@@ -264,6 +287,7 @@ def test_a_partition_that_lies(seed: int) -> None:
 
     for _ in range(80):
         context = rng.choice(contexts)
+        memories.append(driver.allocate(4096))
         session = rng.choice(sessions) if sessions else None
         call: Any = rng.choice(
             [
@@ -272,7 +296,9 @@ def test_a_partition_that_lies(seed: int) -> None:
                 Invoke(session=session, func=2, params=[temporary(bytes(5000)), Value(Direction.IN, 1)]),
                 Invoke(session=session, func=4, params=[Value(Direction.IN, 1)]),
                 CloseSession(session=session),
-                RegisterMemory(context=context, memory=driver.allocate(4096)),
+                RegisterMemory(context=context, memory=memories[-1]),
+                UnregisterMemory(context=context, memory=rng.choice(memories)),
+                CloseContext(context=context),
             ]
         )
         started.append(call)

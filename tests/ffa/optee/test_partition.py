@@ -27,6 +27,7 @@ from ffa.optee.msg import (
     uuid_words,
 )
 from ffa.roles.endpoint import Endpoint
+from tee import package
 from tee.params import Direction, Value
 from tee.results import Origin, Result
 from tee.rpc import RpcCommand
@@ -36,6 +37,7 @@ from tests.ffa.optee.bench import Path, Vm, soft_tee
 
 HELLO, PROBE = examples.UUIDS["hello_world"], examples.UUIDS["probe"]
 NOTIFIER = UUID(int=77)
+KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
 PAGE = 4096
 WAIT = 4
 
@@ -285,7 +287,7 @@ def test_notifications(path: Path, kernel: Kernel) -> None:
 def test_random_calls(seed: int) -> None:
     """Whatever a VM says, it gets an answer, and another VM can work."""
     rng = random.Random(seed)
-    path = Path(soft_tee(built_in=examples.built_in("probe", "hello_world")), vms=2)
+    path = Path(soft_tee(built_in=examples.built_in("probe", "hello_world"), keys=[KEYS.public]), vms=2)
     kernel = Kernel(path, path.guests[0])
     handles = [kernel.share(page, 2) for page in (4, 8, 12, 16)]
     idents = [0, 1, 2]
