@@ -23,6 +23,13 @@ THE_ONLY_ONE = "auto"
 
 
 @click.command()
+@click.option(
+    "--path",
+    type=click.Choice(["virtio", "ffa"]),
+    default="virtio",
+    show_default=True,
+    help="How the guest reaches the TEE: its virtio-tee device, or OP-TEE over FF-A.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
 @click.option(
     "--device",
@@ -53,7 +60,12 @@ THE_ONLY_ONE = "auto"
     help="Remove this TA from the guest's folder first: the demo then fails and says why.",
 )
 def demo(
-    as_json: bool, device: str | None, ta_places: tuple[Path, ...], folder: Path | None, without: tuple[str, ...]
+    path: str,
+    as_json: bool,
+    device: str | None,
+    ta_places: tuple[Path, ...],
+    folder: Path | None,
+    without: tuple[str, ...],
 ) -> None:
     """Show the main job in a few seconds: a guest loads TAs over RPC and calls them through a virtio-tee device.
 
@@ -61,12 +73,17 @@ def demo(
     with memory of its own, as a VM does. The TAs are signed with a throw-away key and lie in the guest's folder;
     the backend has only the public key.
 
+    With --path ffa the same over the model of FF-A, in one process: hypervisor, SPMC, and OP-TEE's partition with the
+    software TEE behind it.
+
     Inside a guest, --device runs the same on the real device: the TAs hello_world, random and probe, signed by a key
     that the backend trusts, have to lie in the guest's folder.
 
     Exit status 1: something failed.
     """
     if device is not None:
+        if path != "virtio":
+            raise click.UsageError("--device is on the virtio path")
         if folder or without:
             raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
         outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places)
@@ -75,7 +92,7 @@ def demo(
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
         with ExitStack() as stack:
             where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-            outcome = _two_processes(where, without)
+            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
@@ -109,6 +126,43 @@ def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
         requests=from_events(report.events, "start", "done"),
         rpcs=from_events(report.events, "rpc", "answer", answered_by="guest"),
     )
+
+
+def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
+    """In this process; the driver counts requests and RPCs, where they leave and arrive."""
+    import secrets
+
+    from tee.io.runtime import TeeRuntime
+    from tee.io.supplicant import Services
+    from tee.results import TeeError
+    from tee.soft.driver import SoftTee
+    from virtio_tee import scenario
+    from virtio_tee.ffa_vm import ffa_driver
+    from virtio_tee.keys import public_key
+
+    start = time.monotonic()
+    tas = _prepare(folder)
+    for name in without:
+        (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
+    outcome, report = Outcome(path="ffa"), scenario.Report()
+    tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, keys=[public_key(folder / "vendor.pem")])
+    try:
+        driver = ffa_driver(tee)
+    except TeeError as e:
+        outcome.why = str(e)
+        return outcome
+    with (
+        closing(supplicant_of(Services(ta_folders=(str(tas),)))) as supplicant,
+        closing(driver),
+        TeeRuntime(driver, supplicant, report.observe) as runtime,
+    ):
+        scenario.run(scenario.main_job, runtime, report)
+    outcome.why = report.why and report.why + _missing_tas(tas, without)
+    outcome.steps = report.as_json()["steps"]
+    outcome.requests = from_events(report.events, "start", "done")
+    outcome.rpcs = from_events(report.events, "rpc", "answer", answered_by="guest")
+    outcome.elapsed_s = time.monotonic() - start
+    return outcome
 
 
 def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:

@@ -30,6 +30,7 @@ class Outcome:
     why: str = ""
     elapsed_s: float = 0.0
     tee: str = "soft"
+    path: str = "virtio"
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[Exchange] = field(default_factory=list)
     rpcs: list[Exchange] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Outcome:
         return {
             "result": self.result,
             **({"why": self.why} if self.why else {}),
-            "path": "virtio",
+            "path": self.path,
             "tee": self.tee,
             "requests": len(self.requests),
             "ta_loaded_over_rpc": loaded and opened,
@@ -121,7 +122,7 @@ def _rows(outcome: Outcome) -> list[tuple[float, str, str, str, float]]:
         mark = "" if step["ok"] else "  FAILED"
         rows.append((step["start"], "client", "", f"── {step['name']} {step['detail']}{mark}", step["took_s"]))
     for source, target, mark, exchanges in (
-        ("guest", "device", "", outcome.requests),
+        ("guest", "device" if outcome.path == "virtio" else "OP-TEE", "", outcome.requests),
         ("TEE", "supplicant", "RPC ", outcome.rpcs),
     ):
         rows += [(e.start, source, target, f"{mark}{e.name} → {e.result}", e.took_s) for e in exchanges]

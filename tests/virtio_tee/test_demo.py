@@ -41,6 +41,24 @@ def test_the_main_job() -> None:
     assert seen["elapsed_s"] > 0
 
 
+@pytest.mark.feature("Commands: `virtio-tee demo --path ffa`, the main job over OP-TEE's partition")
+def test_the_main_job_over_ffa() -> None:
+    code, seen = demo("--path", "ffa")
+    assert code == 0
+    assert (seen["result"], seen["path"], seen["tee"]) == ("ok", "ffa", "soft")
+    assert seen["ta_loaded_over_rpc"] is True
+    commands = [rpc["command"] for rpc in seen["rpcs"]]
+    assert commands.count("LOAD_TA") == 6
+    assert commands.count("SHM_ALLOC") == commands.count("SHM_FREE") == 3
+    assert {rpc["answered_by"] for rpc in seen["rpcs"]} == {"guest"}
+    assert seen["requests"] >= 15
+    code, seen = demo("--path", "ffa", "--without-ta", "random")
+    assert (code, seen["result"]) == (1, "failed")
+    assert "ITEM_NOT_FOUND" in seen["why"]
+    device = CliRunner().invoke(main, ["demo", "--path", "ffa", "--device"])
+    assert (device.exit_code, "--device" in device.output) == (2, True)
+
+
 def test_a_ta_that_is_not_there(tmp_path: Path) -> None:
     code, seen = demo("--without-ta", "random")
     assert code == 1
