@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 import click
 
 from ffa.conformance import runner
 from ffa.conformance.bench import Model
+from ffa.conformance.mutants import MUTANTS
 from ffa.conformance.registry import Case
 from ffa.conformance.runner import Result
 
@@ -15,8 +17,9 @@ from ffa.conformance.runner import Result
 @click.command()
 @click.option(
     "--against",
-    metavar="MODULE:FACTORY",
-    help="What to call: FACTORY(bench) returns an object with call(caller, frame, vcpu). Default: our roles.",
+    metavar="mutants|MODULE:FACTORY",
+    help="What to call: FACTORY(bench) returns an object with call(caller, frame, vcpu). Default: our roles. "
+    "'mutants': our roles with one defect after the other (takes a minute).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: each case with its calls and checks, and counts.")
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and run none.")
@@ -25,7 +28,7 @@ def conformance(against: str | None, as_json: bool, only_list: bool, only: str) 
     """Run cases named after the public conformance suites.
 
     Their ids are those of Arm's ACS, so that results can be laid side by side; a few are Hafnium's. Exit status: 1 if a
-    case fails.
+    case fails, or if a mutant is found by none.
     """
     cases = runner.select(only)
     if not cases:
@@ -33,6 +36,8 @@ def conformance(against: str | None, as_json: bool, only_list: bool, only: str) 
     if only_list:
         click.echo(_listed(cases, as_json))
         return
+    if against == "mutants":
+        _mutants(cases, as_json)
     try:
         factory = Model if against is None else runner.load(against)
     except ValueError as e:
@@ -44,6 +49,20 @@ def conformance(against: str | None, as_json: bool, only_list: bool, only: str) 
     else:
         click.echo(_text(results, counts))
     raise SystemExit(1 if counts[runner.FAILED] else 0)
+
+
+def _mutants(cases: list[Case], as_json: bool) -> NoReturn:
+    found = [(mutant, mutant.caught_by(cases)) for mutant in MUTANTS]
+    if as_json:
+        shown = [{"name": m.name, "defect": m.defect, "caught_by": caught} for m, caught in found]
+        click.echo(json.dumps({"mutants": shown}, indent=2))
+    else:
+        for mutant, caught in found:
+            more = f" and {len(caught) - 3} more" if len(caught) > 3 else ""
+            by = ", ".join(caught[:3]) + more if caught else "nothing"
+            click.echo(f"{mutant.name}: {mutant.defect}\n  caught by {by}")
+        click.echo(f"{sum(bool(caught) for _, caught in found)} of {len(found)} mutants caught")
+    raise SystemExit(0 if all(caught for _, caught in found) else 1)
 
 
 def _listed(cases: list[Case], as_json: bool) -> str:

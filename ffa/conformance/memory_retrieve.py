@@ -239,6 +239,9 @@ def _bypass(t: Run, call: Call) -> None:
         for by in (receiver, other):
             alone = (abi.Receiver(by, 2),)
             t.fails(t.retrieve(t.request(sent, by, receivers=alone), by), INVALID, "alone, without the flag")
+            not_it = (abi.Receiver(other if by == receiver else receiver, 2),)
+            request = t.request(sent, by, receivers=not_it, flags=FLAG_BYPASS_BORROWERS)
+            t.fails(t.retrieve(request, by), INVALID, "the other alone, with the flag")
             both = t.request(sent, by, flags=FLAG_BYPASS_BORROWERS)
             t.fails(t.retrieve(both, by), INVALID, "both, with the flag")
             request = t.request(sent, by, receivers=alone, flags=FLAG_BYPASS_BORROWERS)

@@ -94,7 +94,7 @@ def _sent_in_fragments(t: Run) -> None:
         t.equal(answer[3], total - 32, "from where the first fragment ended")
         vm, early = t.endpoint(1), abi.Transaction(1, (abi.Receiver(receiver, 2),), handle=handle)
         t.fails(t.retrieve(early, receiver), INVALID, "retrieved before it is sent")
-        t.refused(vm.reclaim(handle), "reclaimed before it is sent")
+        t.fails(vm.reclaim(handle), INVALID, "reclaimed before it is sent")
         other = t.call(3, Call.MEM_FRAG_TX, answer[1], answer[2], 16)
         t.fails(other, INVALID, "a fragment from another")
         vm.put(abi.pack_ranges(ranges[2:3]))
@@ -114,7 +114,7 @@ def _sent_in_fragments(t: Run) -> None:
         for size in (8, 48):
             t.refused(t.call(1, Call.MEM_FRAG_TX, answer[1], answer[2], size), f"a fragment of {size} bytes")
         t.unchanged(1, ranges, "a bad fragment")
-        t.refused(t.send(SHARE, transaction, ranges, fragment=-24), "a fragment that ends within a range")
+        t.fails(t.send(SHARE, transaction, ranges, fragment=-24), INVALID, "a fragment that ends within a range")
 
 
 register(HAFNIUM, "fail_fragmented_if_retrieve_before_sent", _sent_in_fragments)
@@ -165,11 +165,12 @@ def _lengths(t: Run, call: Call) -> None:
             ("a fragment longer than the descriptor", -16, 0),
             ("a total length shorter than the ranges", -16, -16),
             ("a total length beyond the ranges", 16, 16),
+            ("a total length beyond the ranges, in fragments", 16, 0),
             ("longer than TX", 8192, 8192),
         ):
             t.fails(t.send(call, right, ranges, more=more, fragment=fragment), INVALID, what)
         third = SPS[2] if is_secure(sender) else 3
-        answer = t.send(call, t.transaction(call, third, receiver), ranges, by=sender)
+        answer = t.send(call, t.transaction(call, third, receiver), t.fresh(third), by=sender)
         t.fails(answer, DENIED, "in another's name")
         for what, patch in (
             ("no receiver", {28: struct.pack("<I", 0)}),
@@ -198,6 +199,7 @@ def _lengths(t: Run, call: Call) -> None:
                 t.refused(t.send(call, right, ranges, patch=patch), what)
                 continue
             t.fails(t.send(call, right, ranges, patch=patch), INVALID, what)
+        t.fails(t.send(call, right, []), INVALID, "no ranges at all")
         t.fails(t.send(call, right, [ranges[0], ranges[0]]), INVALID, "ranges that overlap")
         t.fails(t.send(call, right, [(UNBACKED, 1)]), DENIED, "a page without memory")
         t.fails(t.send(call, right, [(memory_of(third) + 0x8000, 1)]), DENIED, "a page of another")

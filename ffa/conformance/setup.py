@@ -220,7 +220,7 @@ def rxtx_exclusive_access(t: Run) -> None:
             ("of another", memory_of(to) + 0x8000),
             ("of the other world", memory_of(1 if is_secure(id) else SPS[2]) + 0x8000),
         ):
-            for tx, rx in ((address, base), (base, address)):
+            for tx, rx in ((address, base), (base, address), (address, address + PAGE_SIZE)):
                 answer = t.call(id, Call.RXTX_MAP, tx, rx, 1, smc64=True)
                 t.refused(answer, f"a buffer in memory {what}")
         t.ok(t.endpoint(id).map_buffers(base, base + PAGE_SIZE), "maps its own")
