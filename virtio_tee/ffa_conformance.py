@@ -27,7 +27,7 @@ from ffa.conformance.runner import Result
 def conformance(against: str | None, as_json: bool, only_list: bool, only: str) -> None:
     """Run cases named after the public conformance suites.
 
-    Their ids are those of Arm's ACS, so that results can be laid side by side; a few are Hafnium's. Exit status: 1 if a
+    Their ids are those of Arm's ACS, so that results can be laid side by side; four are Hafnium's. Exit status: 1 if a
     case fails, or if a mutant is found by none.
     """
     cases = runner.select(only)

@@ -21,7 +21,7 @@ from ffa.abi.ids import (
     is_secure,
 )
 from ffa.conformance.bench import DEVICE, EL0, NOBODY, SPS, UNBACKED, memory_of
-from ffa.conformance.registry import HAFNIUM, MEMORY, case, register
+from ffa.conformance.registry import HAFNIUM, MEMORY, OWN, case, register
 from ffa.conformance.run import NONE, PAIRS, RW, Run
 
 SHARE, LEND, DONATE = Call.MEM_SHARE, Call.MEM_LEND, Call.MEM_DONATE
@@ -120,7 +120,7 @@ def _sent_in_fragments(t: Run) -> None:
 register(HAFNIUM, "fail_fragmented_if_retrieve_before_sent", _sent_in_fragments)
 for _name, _call in SENDS.items():
     register(MEMORY, f"ffa_mem_{_name}", partial(_whole, call=_call))
-    register(HAFNIUM, f"{_name}_fragmented_relinquish", partial(_in_fragments, call=_call))
+    register(HAFNIUM if _call is LEND else OWN, f"{_name}_fragmented_relinquish", partial(_in_fragments, call=_call))
 
 
 def _refuses(t: Run, call: Call, sender: int, receiver: int, code: Error, what: str, **changes: object) -> None:

@@ -292,6 +292,8 @@ for _bits in (32, 64):
     _form = _bits == 64
     for _world, _pair in _WORLDS.items():
         for _name, _call in SENDS.items():
+            if _call is DONATE and _world == "vmsp":
+                continue  # not one of ACS's
             _id = f"{_name}_lower_upper_boundary_{_bits}_{_world}"
             register(MEMORY, _id, partial(_bounds, call=_call, pair=_pair, smc64=_form))
         register(MEMORY, f"lend_retrieve_mem_access_{_bits}_{_world}", partial(_permitted, pair=_pair, smc64=_form))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SETUP, DIRECT, INDIRECT = "setup_discovery", "direct_messaging", "indirect_messaging"
 MEMORY, NOTIFICATIONS, INTERRUPTS = "memory_management", "notifications", "interrupts"
-HAFNIUM = "hafnium memory_sharing"
+HAFNIUM, OWN = "hafnium memory_sharing", "virtio-tee"
 NO_SECTION = "no section: the public scenario tables give none"
 
 Body = Callable[["Run"], None]
