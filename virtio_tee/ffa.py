@@ -8,11 +8,15 @@ from pathlib import Path
 import click
 
 from ffa.replay import Record, Replay, Report, TraceError, parse
+from virtio_tee.ffa_conformance import conformance
 
 
 @click.group()
 def ffa() -> None:
     """FF-A, the other way to a TEE: the hypervisor shares memory and forwards messages."""
+
+
+ffa.add_command(conformance)
 
 
 @ffa.command()

@@ -206,11 +206,11 @@ class Manager:
         if who is None or found is None:
             return Frame.failure(Error.NOT_SUPPORTED)
         function, smc64 = found
+        who.settled |= function.call is not Call.VERSION
         handler = self._handler(who, function, smc64)
         if handler is None or handler.method is None:
             return Frame.failure(Error.NOT_SUPPORTED)
         arguments = frame if smc64 else frame.narrow
-        who.settled |= function.call is not Call.VERSION
         if any(arguments[handler.zero_from : 8]):
             return Frame.failure(_INVALID)
         try:

@@ -51,12 +51,14 @@ class Bitmap:
     def set(self, sender: int, bits: int, vcpu: int | None) -> None:
         """Makes ``bits`` pending, for one vCPU or globally.
 
-        Raises FfaError: DENIED, one is not bound to ``sender``, or was bound the other way.
+        Raises FfaError: DENIED, one is not bound to ``sender``; INVALID_PARAMETERS, one was bound the other way.
         """
         if any(self.senders.get(bit) != sender for bit in _bits(bits)):
             raise FfaError(Error.DENIED, "a notification is not bound to the sender")
         if (self.per_vcpu & bits) != (bits if vcpu is not None else 0):
-            raise FfaError(Error.DENIED, "a notification was bound the other way (global, or for single vCPUs)")
+            raise FfaError(
+                Error.INVALID_PARAMETERS, "a notification was bound the other way (global, or for single vCPUs)"
+            )
         if vcpu is None:
             self.pending |= bits
         else:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ffa.abi.ids import VERSION_1_2, Call, Feature
 
+_INTERRUPTS = {Feature.NOTIFICATION_PENDING: 5, Feature.SCHEDULE_RECEIVER: 8}
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -16,7 +18,7 @@ class Profile:
     missing: frozenset[Call] = frozenset()  #: functions answered with NOT_SUPPORTED
     unannounced: frozenset[Call] = frozenset()  #: functions that work, but that FFA_FEATURES does not tell of
     announced: frozenset[Call] = frozenset()  #: functions that FFA_FEATURES tells of, whoever may call them
-    interrupts: Mapping[Feature, int] = field(default_factory=lambda: {Feature.SCHEDULE_RECEIVER: 8})
+    interrupts: Mapping[Feature, int] = field(default_factory=lambda: dict(_INTERRUPTS))
     version_change: bool = False  #: a caller may agree on another version later
     fragments: bool = True
     dynamic_buffers: bool = True  #: a descriptor may be in memory other than TX

@@ -21,7 +21,6 @@ from ffa.abi.ids import (
     Error,
     FfaError,
     Instruction,
-    is_secure,
 )
 from ffa.roles import checks
 from ffa.roles.machine import Access, Machine, PageState, exclusive
@@ -64,6 +63,7 @@ class Region:
     complete: bool = False
     below: bool = False  #: the SPMC below has it as well
     sent: int = 0  #: bytes of the whole descriptor that have come
+    clear: bool = False  #: a borrower has asked that the memory be zeroed when the last of them has relinquished
 
     @property
     def held(self) -> bool:
@@ -241,7 +241,7 @@ class Transactions:
         descriptor = region.descriptor
         attributes = descriptor.attributes or ATTRIBUTES_NORMAL
         normal = any(g is not None and not g.secure for g in self.machine.regions_of(region.ranges[:1]))
-        if version >= VERSION_1_1 and is_secure(asked.endpoint) and normal:
+        if version >= VERSION_1_1 and normal:
             attributes |= ATTRIBUTE_NS
         flags = TRANSACTION_TYPES[region.call] << FLAG_TYPE_SHIFT | descriptor.flags & FLAG_CLEAR
         receiver = replace(lending.receiver, permissions=granted)
@@ -308,8 +308,10 @@ class Transactions:
         if after is None:
             return
         lending.state = after
-        if (clear or lending.clear) and lending.writable and not region.held:
+        region.clear |= (clear or lending.clear) and lending.writable
+        if region.clear and not region.held:
             self.machine.clear(region.ranges)
+            region.clear = False
         lending.permissions = 0
         self._grant(region, caller, Access.NONE)
 

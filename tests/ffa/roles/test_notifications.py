@@ -45,7 +45,7 @@ def test_of_single_vcpus(bench: Bench, sender: int, receiver: int) -> None:
     a, b = bench.all[sender], bench.all[receiver]
     ids = sender << 16 | receiver
     assert b.call(BIND, ids, 1, 2).ok
-    assert a.call(SET, ids, 0, 2).error is Error.DENIED  # not a global one
+    assert a.call(SET, ids, 0, 2).error is Error.INVALID_PARAMETERS  # not a global one
     assert a.call(SET, ids, 9 << 16 | 1, 2).error is Error.INVALID_PARAMETERS  # no such vCPU
     assert a.call(SET, ids, 1 << 16, 2).error is Error.INVALID_PARAMETERS  # a vCPU for a global one
     assert a.call(SET, ids, 1 << 16 | 1, 2).ok

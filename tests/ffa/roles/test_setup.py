@@ -79,7 +79,8 @@ def test_features_tell_of_what_works(bench: Bench) -> None:
 def test_features_of_interrupts_and_buffers(bench: Bench) -> None:
     vm = bench.vms[1]
     assert vm.call(Call.FEATURES, 2)[2] == 8
-    assert vm.call(Call.FEATURES, 1).error is Error.NOT_SUPPORTED
+    assert vm.call(Call.FEATURES, 1)[2] == 5
+    assert vm.call(Call.FEATURES, 3).error is Error.NOT_SUPPORTED
     assert vm.call(Call.FEATURES, 2, 1).error is Error.NOT_SUPPORTED
     assert vm.call(Call.FEATURES, fid(Call.RXTX_MAP, True))[2] == 63 << 16
     assert bench.vms[2].call(Call.FEATURES, fid(Call.RXTX_MAP))[2] == 0  # 1.1 has no maximum there
