@@ -246,7 +246,6 @@ class TeeDevice(Device):
 
         limit, slot_of, clock, router = self._max_readable, self._slot_of[index], self._clock, self.router
         quick = kind is Queue.REQUEST
-        self.epoch.eager = not router.busy
         signalled = clock()
 
         def take(chain: Chain) -> int | None:
@@ -259,7 +258,7 @@ class TeeDevice(Device):
             data = chain.read()
             epoch = self.epoch
             response: bytes | None
-            outcome = epoch.invoke_at_once(data, room) if quick and epoch.eager else None
+            outcome = epoch.invoke_at_once(data, room) if quick and not router.busy else None
             if isinstance(outcome, bytes):
                 response = outcome
             else:
@@ -267,7 +266,6 @@ class TeeDevice(Device):
             now = clock()
             if now - signalled > _SIGNAL_S:  # of the ones before: this one is not there yet
                 router.spend(now - signalled)
-                self.epoch.eager = not router.busy
                 signalled = now
                 queue.notify()
             if response is not None:

@@ -123,8 +123,6 @@ class Epoch:
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
-        self.eager = True
-        """Invokes may begin at once, where the TEE can; else they are only started."""
         self.rpcs = GuestRpcs(self, clock)
 
     # -- requests
