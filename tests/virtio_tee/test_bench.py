@@ -19,11 +19,14 @@ from virtio_tee.bench.plan import (
     KIB,
     MIB,
     PEER,
+    SAME_WORK,
     TEE,
+    WORK,
     Results,
     as_runs,
     beside,
     cases,
+    observed,
     ratios,
     unsteadiness,
 )
@@ -32,7 +35,7 @@ from virtio_tee.bench.plan import (
 def results(factor: float = 1.0, *, in_place: bool = True) -> Results:
     """Ours are ``factor`` times as fast as the peer; the TEE alone takes half of the time."""
     runs = {}
-    direct: dict[int, list[float]] = {}
+    direct: dict[tuple[str, int], list[float]] = {}
     for case in cases():
         for backend in case.backends:
             speed = 1.0 if backend == PEER else factor
@@ -42,7 +45,7 @@ def results(factor: float = 1.0, *, in_place: bool = True) -> Results:
             if case.reference is not None and backend != PEER:
                 figures |= {"peer": {"p50_us": 50, "p99_us": 90, "kreq_s": 1000}, "spread": 0.1}
             runs[backend, None if backend == PEER else "pure", case] = [figures] * 5
-        direct[case.bytes] = [25 / factor] * 5
+        direct[case.workload, case.bytes] = [25 / factor] * 5
     return Results(runs, direct, {"pure": in_place}, {"pure": 0.2}, {"pure": 40.0}, {})
 
 
@@ -126,7 +129,22 @@ def test_copies_are_counted(tmp_path: Path) -> None:
 
 
 def test_direct() -> None:
-    assert Direct().touch(4 * KIB, 0.0) > 0
+    assert Direct().measure(4 * KIB, WORK, 0.0) > 0
+
+
+def test_zero_copy_is_judged_on_the_same_work() -> None:
+    """A path that grows with the size fails, and the figure of unequal work is told without a bound."""
+    given = results()
+    (case,) = (case for case in cases() if case.workload == SAME_WORK and case.bytes == 16 * MIB)
+    slow = [figures | {"p50_us": 75} for figures in given.runs[TEE, "pure", case]]
+    given.runs[TEE, "pure", case] = slow
+    assert case.has_direct
+    assert case.arguments[-2:] == ["--func", str(WORK)]
+    judged = {goal.name: goal.judge(given, "pure") for goal in GOALS}["zero-copy/path"]
+    assert (judged["value"], judged["pass"]) == (2.0, False)
+    assert [(figure["name"], figure["value"]) for figure in observed(given, "pure")] == [
+        ("zero-copy/path/unequal", 1.0)
+    ]
 
 
 def test_without_the_peer_there_is_no_bench(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,22 +22,22 @@ from virtio_tee.bench.plan import (
     FEATURES,
     GOALS,
     KIB,
-    MIB,
     MODES,
     PEER,
     SPEEDS,
     TEE,
+    TOUCH,
     Case,
     Figures,
     Results,
     as_runs,
     beside,
     cases,
+    observed,
     unsteadiness,
 )
 from virtio_tee.lazy import LazyGroup
 
-DIRECT_SIZES = (4 * KIB, 16 * MIB)
 TRIES = 3
 """… for a steady run, after which the steadiest counts."""
 
@@ -101,11 +101,11 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
     idle = {queue: backend.resident_mb for queue, backend in tees.items()}
     direct = DirectTee()
     stack.callback(direct.end)
-    direct.touch(KIB, 0.0)  # it has started when it answers
+    direct.measure(4 * KIB, TOUCH, 0.0)  # it has started when it answers
 
     runs: dict[tuple[str, str | None, Case], list[Figures]] = defaultdict(list)
     ceilings: dict[tuple[str, int], list[Figures]] = defaultdict(list)
-    alone: dict[int, list[float]] = defaultdict(list)
+    alone: dict[tuple[str, int], list[float]] = defaultdict(list)
     for number in range(rounds):
         _say(f"round {number + 1} of {rounds}")
         for driver, depth in MODES:
@@ -115,8 +115,8 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
                 if backend.name in case.backends:
                     run = _run(program, backends[0], backend, case, seconds)
                     runs[backend.name, backend.queue, case].append(run)
-            if case.workload == "invoke-registered" and case.key[1:3] == ("sleeping", 1) and case.bytes in DIRECT_SIZES:
-                alone[case.bytes].append(direct.touch(case.bytes, seconds))
+            if case.has_direct:
+                alone[case.workload, case.bytes].append(direct.measure(case.bytes, case.func, seconds))
     results = Results(
         runs=dict(runs),
         direct=dict(alone),
@@ -144,7 +144,11 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
             }
             for (driver, depth), got in ceilings.items()
         ],
-        "direct_us": {str(size): round(median(got), 2) for size, got in alone.items()},
+        "observed": [figure for queue in queues for figure in observed(results, queue)],
+        "direct_us": {
+            workload: {str(size): round(median(got), 2) for (what, size), got in alone.items() if what == workload}
+            for workload in dict.fromkeys(what for what, _ in alone)
+        },
     }
 
 
@@ -225,3 +229,5 @@ def _show(report: dict[str, Any]) -> None:
         bound = f"{ratio['sense']} {ratio['floor']}"
         ratios.add_row(ratio["name"], ratio["queue"], str(ratio["value"]), bound, verdict)
     console.print(ratios)
+    for figure in report["observed"]:
+        console.print(f"{figure['name']}, {figure['queue']}: {figure['value']} ({figure['what']})")

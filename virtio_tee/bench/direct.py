@@ -1,5 +1,6 @@
-"""The software TEE alone, for the bench: ``python -m virtio_tee.bench.direct`` reads sizes in bytes and seconds, one
-pair a line, and answers each with the median time in µs of the probe TA's TOUCH on registered memory of that size.
+"""The software TEE alone, for the bench: ``python -m virtio_tee.bench.direct`` reads lines of a size in
+bytes, a command and seconds, and answers each with the median time in µs of that command of the probe TA on registered
+memory of that size.
 
 The process rests before each call, as a backend does whose driver sleeps, so that caches are in the same state.
 """
@@ -20,7 +21,6 @@ from tee.params import Direction, MemRef
 from tee.results import Origin, Result
 from tee.soft.driver import SoftTee
 from tee.soft.examples import UUIDS, built_in
-from virtio_tee.bench.plan import TOUCH
 
 REST_S = 20e-6
 
@@ -45,7 +45,7 @@ class Direct:
             raise RuntimeError(f"the software TEE said {done}")
         return done.value
 
-    def touch(self, size: int, seconds: float) -> float:
+    def measure(self, size: int, command: int, seconds: float) -> float:
         """The median in µs."""
         fd = os.memfd_create("bench-direct")
         os.ftruncate(fd, size)
@@ -58,7 +58,7 @@ class Direct:
             time.sleep(REST_S)
             start = time.perf_counter_ns()
             param = MemRef(Direction.INOUT, memory, 0, size)
-            outcome = self.tee.invoke_at_once(self.session, TOUCH, [param])  # as the device does
+            outcome = self.tee.invoke_at_once(self.session, command, [param])  # as the device does
             if outcome != (Result.SUCCESS, Origin.TRUSTED_APP):
                 raise RuntimeError(f"the software TEE said {outcome}")
             samples.append(time.perf_counter_ns() - start)
@@ -69,8 +69,8 @@ def main() -> None:
     """Until stdin ends."""
     direct = Direct()
     for line in sys.stdin:
-        size, seconds = line.split()
-        print(direct.touch(int(size), float(seconds)), flush=True)
+        size, command, seconds = line.split()
+        print(direct.measure(int(size), int(command), float(seconds)), flush=True)
 
 
 if __name__ == "__main__":

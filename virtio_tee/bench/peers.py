@@ -205,11 +205,11 @@ class DirectTee(Process):
         argv = [sys.executable, "-m", "virtio_tee.bench.direct"]
         super().__init__(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def touch(self, size: int, seconds: float) -> float:
+    def measure(self, size: int, command: int, seconds: float) -> float:
         """The median in µs."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(size, seconds, file=self.process.stdin, flush=True)
+        print(size, command, seconds, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise BenchError("the software TEE could not be measured directly")

@@ -17,6 +17,8 @@ command      parameters                                       does
 9 FAIL       value IN                                         ends with the code a (a TA's own, e.g. 0x10000001)
 10 SPIN      value IN                                         a checkpoints in a row, unmasked; then ends
 11 HASH      memory IN, memory OUT                            OUT: the SHA-256 of IN (32 bytes); can be cancelled
+12 WORK      memory INOUT                                     4,096 times, page after page and round again: adds 1 to
+                                                              the first byte of 4 KiB; the same work for any size
 ===========  ===============================================  =======================================================
 """
 
@@ -37,6 +39,7 @@ from tee.soft.ta import (
 )
 
 PAGE = 4096
+WORK = 4096  # changes
 PIECE = 1 << 18  # bytes between two checkpoints
 WORD = (1 << 64) - 1
 
@@ -161,6 +164,17 @@ class Probe(TrustedApplication):
             await self.env.checkpoint()
         params.memory(1, Direction.OUT).put(digest.digest())
 
+    async def work(self, params: Parameters) -> None:
+        """Command 12."""
+        params.expect(1)
+        memory = params.memory(0, Direction.INOUT)
+        view, size = memory.view(), memory.capacity
+        if view is None or not size:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TRUSTED_APP, "memory in one piece is needed")
+        for number in range(WORK):
+            offset = number * PAGE % size
+            view[offset] = (view[offset] + 1) & 0xFF
+
 
 COMMANDS = {
     1: Probe.add,
@@ -174,6 +188,7 @@ COMMANDS = {
     9: Probe.fail,
     10: Probe.spin,
     11: Probe.hash,
+    12: Probe.work,
 }
 
 TA = Probe

@@ -1,4 +1,4 @@
-"""The probe TA's HASH, against FIPS 180-4's examples."""
+"""The probe TA's HASH, against FIPS 180-4's examples, and its WORK."""
 
 from __future__ import annotations
 
@@ -51,3 +51,16 @@ def test_a_cancel_reaches_it() -> None:
     assert bench.tee.run() == 0
     bench.tee.cancel(call)
     assert bench.finish(call).code == Result.CANCEL
+
+
+@pytest.mark.parametrize(("size", "each"), [(4096, 4096 % 256), (8192, 2048 % 256), (16 << 20, 1)])
+def test_work_is_the_same_for_each_size(size: int, each: int) -> None:
+    """WORK: 4,096 changes, spread over the pages that are there."""
+    bench = Bench()
+    data = bytearray(size)
+    memory = MemRef(Direction.INOUT, Memory.of(data), 0, size)
+    assert bench.invoke(bench.session(bench.context()), 12, memory).code == Result.SUCCESS
+    assert {data[at] for at in range(0, size, 4096)} == {each}
+    assert sum(data) == each * (size // 4096)
+    nothing = MemRef(Direction.INOUT, None, 0, 0)
+    assert bench.invoke(bench.session(bench.context()), 12, nothing).code == Result.BAD_PARAMETERS
