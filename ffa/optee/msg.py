@@ -151,6 +151,11 @@ class Message:
             self.cmd, self.func, self.session, self.cancel_id, self.ret, self.ret_origin, self.num_params
         )
 
+    def end(self, code: int, origin: int, session: int = 0) -> None:
+        """Puts the outcome in; ``session`` is one that was opened."""
+        self.ret, self.ret_origin = code & 0xFFFF_FFFF, origin & 0xFFFF_FFFF
+        self.session = session or self.session
+
 
 HEADER_SIZE = message_arg.size
 
