@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame, halves, pair
+from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import ATTRIBUTES_NORMAL, GET_FROM_SP, PAGE_SIZE, Data, Error, FfaError, fid, permissions
 from ffa.abi.ids import Call as Ffa
 from ffa.abi.messages import parse_infos, uuid_to_words
@@ -28,6 +28,7 @@ from ffa.optee.msg import (
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
+    PARAM_SIZE,
     TEE_PARAMS,
     Capability,
     Command,
@@ -56,7 +57,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, Event, GenCap, Notification, RpcWithdrawn, Sink, TeeInfo, TeeKind
+from tee.driver import Begun, Done, Event, GenCap, Notification, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
@@ -72,6 +73,8 @@ RETRY_S = 0.001
 """Seconds after which a call is resumed that came back without any progress."""
 POLL_S = 0.05
 """Seconds between looks for notifications while a context is open."""
+LOOK_S = 0.001
+"""… after the partition has worked for this VM, which is when most are raised. A look costs as much as a call."""
 UNREGISTER_TRIES = 1000
 """How often the partition is asked to give memory back."""
 
@@ -120,6 +123,13 @@ class FfaRegion:
     memory: Memory
     users: int = 0
     ending: UnregisterMemory | None = None
+    send: Frame | None = None  #: the request to work on the message in it, if that is what it is for
+
+
+_NOTHING = Frame()
+_NO_MEMORY: Callable[[Memory], int] = lambda memory: 0  # noqa: E731
+_REQUEST, _RESPONSE = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_RESP)
+_BUSY, _DONE, _INVOKE = int(Result.BUSY), int(Yield.DONE), int(Command.INVOKE_COMMAND)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,18 +137,31 @@ class _Flight:
     """A message that the partition has, or is to get."""
 
     message: Message
-    wires: list[Wire]
-    call: Call | None  #: None: of the driver itself
+    wires: Sequence[Wire] = ()
+    call: Call | None = None  #: None: of the driver itself
     context: FfaContext | None = None
     session: FfaSession | None = None
-    params: list[Param] = field(default_factory=list)
+    params: Sequence[Param] = ()
     first: int = 0  #: number of the first of them
-    used: list[FfaRegion] = field(default_factory=list)
-    bounced: list[tuple[MemRef, Memory]] = field(default_factory=list)  #: temporary memory, and its copy
+    used: Sequence[FfaRegion] = ()
+    bounced: Sequence[tuple[MemRef, Memory]] = ()  #: temporary memory, and its copy
     page: FfaRegion | None = None  #: where the message is
     begun: bool = False
-    frame: tuple[int, ...] = ()  #: w3 to w7 of the next request
+    frame: Frame = _NOTHING  #: the next request
     rpc: Rpc | None = None  #: that somebody is to answer
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """An invoke that has come back and is to be resumed."""
+
+    driver: FfaTeeDriver
+    flight: _Flight
+    answer: Frame
+
+    def becomes(self, call: Invoke) -> None:
+        """See :class:`~tee.driver.Begun`."""
+        self.driver.go_on(self.flight, call, self.answer)
 
 
 class FfaTeeDriver:
@@ -148,11 +171,21 @@ class FfaTeeDriver:
     no such partition, or it is one that cannot be used; MemoryError.
     """
 
-    def __init__(self, endpoint: Endpoint, pages: Pages, *, now: Callable[[], int] = time.time_ns) -> None:
-        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        pages: Pages,
+        *,
+        now: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970. ``clock`` counts seconds."""
         self._endpoint = endpoint
         self._pages = pages
         self._now = now
+        self._clock = clock
+        self._look_at = 0.0  #: when to look for notifications
+        self._worked = False  #: the partition has, since the last look
         self._sink: Sink | None = None
         self._ready: deque[Event] = deque()
         self._waiting: deque[_Flight] = deque()  #: for a free thread
@@ -170,6 +203,7 @@ class FfaTeeDriver:
         self._closed = False
         self._partition = self._find()
         self._rpc_params, self._notifies = self._exchange()
+        self._rpc_arg = Message(0, num_params=self._rpc_params).pack() + bytes(self._rpc_params * PARAM_SIZE)
         self._bit = 0
         if self._notifies:
             self._enable_notifications()
@@ -267,6 +301,47 @@ class FfaTeeDriver:
         except MessageError as e:
             self._done(call, e.code, Origin.API)
 
+    def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
+        """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while messages wait or are to be resumed."""
+        if type(session) is not FfaSession or session.closing or self._waiting or self._runnable or self._closed:
+            return None
+        context = session.context
+        if context.closing is not None or session not in context.sessions or not 0 <= func <= MASK32:
+            return None
+        flight = _Flight(Message(_INVOKE, func, session.ident), (), None, context, session)
+        try:
+            if params:
+                self._take_params(flight, params)
+            page = self._put(flight)
+        except (MessageError, MemoryError):
+            self._let_go(flight)
+            return None
+        self._worked = True
+        answer = self._endpoint.send(flight.frame).narrow
+        if answer[0] == _RESPONSE and not answer[3]:
+            if answer[4] != _DONE:
+                self._all.add(flight)
+                return _Begun(self, flight, answer)
+            try:
+                message = self._outcome(flight, page.memory)
+            except MessageError as e:
+                log.warning("OP-TEE gives an answer that makes no sense: %s", e)
+                self._let_go(flight, keep_page=False)
+                return Result.COMMUNICATION, Origin.COMMS
+            self._let_go(flight)
+            return message.ret, message.ret_origin
+        self._let_go(flight)
+        if answer[0] == _RESPONSE and answer[3] == _BUSY:
+            return None
+        log.warning("OP-TEE refuses a call with %r", answer)
+        return Result.COMMUNICATION, Origin.COMMS
+
+    def go_on(self, flight: _Flight, call: Invoke, answer: Frame) -> None:
+        """``call`` is what was begun at once and came back with ``answer`` (for :class:`_Begun`)."""
+        flight.call = call
+        self._flights[call] = flight
+        self._came_back(flight, answer)
+
     def cancel(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
         flight = self._flights.get(call)
@@ -278,7 +353,7 @@ class FfaTeeDriver:
             return
         message = Message(Command.CANCEL, session=flight.message.session, cancel_id=flight.message.cancel_id)
         try:
-            self._send(_Flight(message, [], None), first=True)
+            self._send(_Flight(message), first=True)
         except MemoryError:
             log.warning("no memory for a CANCEL: the call ends by itself")
 
@@ -320,7 +395,9 @@ class FfaTeeDriver:
             return 0.0 if progress else RETRY_S
         if progress:
             return 0.0
-        return POLL_S if self._bit and self._contexts else None
+        if not self._bit or not self._contexts:
+            return None
+        return max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
 
     def close(self) -> None:
         """Ends the use of the partition: all calls end, messages' pages are taken back."""
@@ -349,12 +426,11 @@ class FfaTeeDriver:
 
     def _ask(self, service: Service, *words: int) -> Frame | None:
         """The answer to a direct request: None if there is none."""
-        return self._request((service, *words))
+        answer = self._endpoint.send(self._request(service, *words)).narrow
+        return answer if answer[0] == _RESPONSE else None
 
-    def _request(self, words: tuple[int, ...]) -> Frame | None:
-        ids = self._endpoint.id << 16 | self._partition
-        answer = self._endpoint.call(Ffa.MSG_SEND_DIRECT_REQ, ids, 0, *words)
-        return answer.narrow if answer.fid == fid(Ffa.MSG_SEND_DIRECT_RESP) else None
+    def _request(self, *words: int) -> Frame:
+        return Frame(_REQUEST, self._endpoint.id << 16 | self._partition, 0, *words)
 
     def _share(self, memory: Memory) -> FfaRegion:
         """Raises MessageError(BAD_PARAMETERS): the memory is not the VM's, or is shared; MemoryError."""
@@ -456,14 +532,15 @@ class FfaTeeDriver:
             Value(Direction.IN, *ta, 0, meta=True),
             Value(Direction.IN, *client, call.client.login, meta=True),
         ]
-        self._send_with(_Flight(Message(Command.OPEN_SESSION), meta, call, context, first=META_PARAMS), call.params)
+        flight = _Flight(Message(Command.OPEN_SESSION), meta, call, context, first=META_PARAMS)
+        self._send_with(flight, call.params)
 
     def _invoke(self, call: Invoke) -> None:
         session = self._session(call.session)
         if not 0 <= call.func < 1 << 32:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-        message = Message(Command.INVOKE_COMMAND, call.func, session.ident)
-        self._send_with(_Flight(message, [], call, session.context, session), call.params)
+        message = Message(_INVOKE, call.func, session.ident)
+        self._send_with(_Flight(message, (), call, session.context, session), call.params)
 
     def _close_session(self, call: CloseSession) -> None:
         self._close(self._session(call.session), call)
@@ -475,7 +552,7 @@ class FfaTeeDriver:
         session.closing = True
         message = Message(Command.CLOSE_SESSION, session=session.ident)
         try:
-            self._send(_Flight(message, [], call, session.context, session))
+            self._send(_Flight(message, (), call, session.context, session))
         except MemoryError:
             session.closing = False
             raise
@@ -509,23 +586,27 @@ class FfaTeeDriver:
 
     # -- messages
 
-    def _send_with(self, flight: _Flight, params: list[Param]) -> None:
+    def _send_with(self, flight: _Flight, params: Sequence[Param]) -> None:
         """Raises MessageError, MemoryError: then nothing has happened."""
-        if len(params) > TEE_PARAMS:
-            raise MessageError(Result.BAD_PARAMETERS, f"{len(params)} parameters: a TA can be given {TEE_PARAMS}")
-        flight.params = params
         try:
-            flight.wires += [self._wire(flight, param) for param in params]
-            pack_params(flight.wires)
+            if params:
+                self._take_params(flight, params)
             self._send(flight)
         except (MessageError, MemoryError):
             self._let_go(flight)
             raise
 
+    def _take_params(self, flight: _Flight, params: Sequence[Param]) -> None:
+        """Raises MessageError, MemoryError: then what the flight has taken is to be let go of."""
+        if len(params) > TEE_PARAMS:
+            raise MessageError(Result.BAD_PARAMETERS, f"{len(params)} parameters: a TA can be given {TEE_PARAMS}")
+        flight.params, flight.used, flight.bounced = params, [], []
+        flight.wires = [*flight.wires, *[self._wire(flight, param) for param in params]]
+
     def _wire(self, flight: _Flight, param: Param) -> Wire:
         """How a parameter is sent: temporary memory in a copy that is shared for the time of the call."""
         if not isinstance(param, MemRef) or param.memory is None:
-            return to_wire(param, lambda memory: 0)
+            return to_wire(param, _NO_MEMORY)
         memory = param.memory
         try:
             data = memory.read(param.offset, param.size) if memory.handle is None and param.size else b""
@@ -559,16 +640,8 @@ class FfaTeeDriver:
         return Fmem(param.direction, 0, param.size, region.handle, param.meta)
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
-        """Has a message sent. Raises MemoryError."""
-        flight.page = self._spare.pop() if self._spare else self._new_page()
-        self._cancel_ids = self._cancel_ids + 1 & 0xFFFF_FFFF
-        message = flight.message
-        message.cancel_id = message.cancel_id or self._cancel_ids
-        message.num_params = len(flight.wires)
-        rpc_arg = Message(0, num_params=self._rpc_params).pack()
-        data = message.pack() + pack_params(flight.wires) + rpc_arg
-        flight.page.memory.write(0, data + bytes(self._rpc_params * (message_size(1) - HEADER_SIZE)))
-        flight.frame = (Service.CALL_WITH_ARG, *halves(flight.page.handle), 0)
+        """Has a message sent. Raises MessageError: a number does not fit its field; MemoryError."""
+        self._put(flight)
         self._all.add(flight)
         if flight.call is not None:
             self._flights[flight.call] = flight
@@ -577,24 +650,44 @@ class FfaTeeDriver:
         else:
             self._waiting.append(flight)
 
+    def _put(self, flight: _Flight) -> FfaRegion:
+        """Writes a message into a page of its own. Raises MessageError: a number does not fit its field; MemoryError."""
+        message, wires = flight.message, flight.wires
+        params = pack_params(wires) if wires else b""
+        flight.page = page = self._spare.pop() if self._spare else self._new_page()
+        if not message.cancel_id:
+            self._cancel_ids = message.cancel_id = self._cancel_ids + 1 & MASK32
+        message.num_params = len(wires)
+        page.memory.write(0, message.pack() + params + self._rpc_arg)
+        assert page.send is not None
+        flight.frame = page.send
+        return page
+
     def _new_page(self) -> FfaRegion:
-        page = self._pages.allocate(PAGE_SIZE)
+        memory = self._pages.allocate(PAGE_SIZE)
         try:
-            return self._share(page)
+            page = self._share(memory)
         except MessageError as e:
-            self._pages.release(page)
+            self._pages.release(memory)
             raise MemoryError(str(e)) from None
         except MemoryError:
-            self._pages.release(page)
+            self._pages.release(memory)
             raise
+        page.send = self._request(Service.CALL_WITH_ARG, *halves(page.handle), 0)
+        return page
 
     def _step(self, flight: _Flight) -> bool:
         """Lets the partition work on a message; whether it got on."""
-        answer = self._request(flight.frame)
-        if answer is None:
+        self._worked = True
+        return self._came_back(flight, self._endpoint.send(flight.frame))
+
+    def _came_back(self, flight: _Flight, answer: Frame) -> bool:
+        """What the partition says of a message; whether it got on."""
+        answer = answer.narrow
+        if answer[0] != _RESPONSE:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
             return True
-        if answer[3] == Result.BUSY and not flight.begun:
+        if answer[3] == _BUSY and not flight.begun:
             self._waiting.append(flight)
             return False
         if answer[3] != Result.SUCCESS:
@@ -602,17 +695,17 @@ class FfaTeeDriver:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
             return True
         began, flight.begun = not flight.begun, True
-        flight.frame = (Service.RESUME, 0, 0, 0, answer[7])
-        if answer[4] == Yield.INTERRUPT:
-            self._runnable.append(flight)
-            return began
         try:
-            if answer[4] == Yield.RPC_CMD:
-                self._asked(flight)
-            elif answer[4] == Yield.DONE:
+            if answer[4] == _DONE:
                 self._finish(flight)
-            else:
+                return True
+            flight.frame = self._request(Service.RESUME, 0, 0, 0, answer[7])
+            if answer[4] == Yield.INTERRUPT:
+                self._runnable.append(flight)
+                return began
+            if answer[4] != Yield.RPC_CMD:
                 raise MessageError(Result.COMMUNICATION, f"a call came back with {answer[4]}")
+            self._asked(flight)
         except MessageError as e:
             log.warning("OP-TEE gives an answer that makes no sense: %s", e)
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
@@ -621,16 +714,23 @@ class FfaTeeDriver:
     def _finish(self, flight: _Flight) -> None:
         """The message has its outcome. Raises MessageError: it makes no sense."""
         assert flight.page is not None
-        memory, count = flight.page.memory, len(flight.wires)
+        message = self._outcome(flight, flight.page.memory)
+        self._end(flight, message.ret, message.ret_origin, message.session)
+
+    def _outcome(self, flight: _Flight, memory: Memory) -> Message:
+        """The message as it came back, its outputs given. Raises MessageError: it makes no sense; nothing is given."""
         message = Message.unpack(memory.read(0, HEADER_SIZE))
-        wires = unpack_params(memory.read(HEADER_SIZE, message_size(count) - HEADER_SIZE))[flight.first :]
-        outputs = take_outputs(flight.params, wires, message.ret)
+        outputs: list[Param] = []
+        if flight.params:
+            wires = unpack_params(memory.read(HEADER_SIZE, len(flight.wires) * PARAM_SIZE))[flight.first :]
+            outputs = take_outputs(flight.params, wires, message.ret)
         if flight.message.cmd == Command.OPEN_SESSION and message.ret == Result.SUCCESS:
             ident = message.session
             if any(s.ident == ident for c in self._contexts for s in c.sessions):
                 raise MessageError(Result.COMMUNICATION, f"session {ident} is open already")
-        _give_outputs(flight, outputs)
-        self._end(flight, message.ret, message.ret_origin, message.session)
+        if outputs:
+            _give_outputs(flight, outputs)
+        return message
 
     def _end(self, flight: _Flight, code: int, origin: int, session: int = 0, *, may_have_run: bool = False) -> None:
         """A message is over, whatever came of it."""
@@ -662,7 +762,7 @@ class FfaTeeDriver:
             region.users -= 1
             if not region.users and (region.ending is not None or region.memory in self._released):
                 self._unshare(region)
-        flight.used.clear()
+        flight.used = ()
         if flight.page is not None:
             if keep_page and not self._closed:
                 self._spare.append(flight.page)
@@ -768,11 +868,15 @@ class FfaTeeDriver:
     def _look_for_notifications(self) -> bool:
         if not self._bit or self._closed:
             return False
+        at = self._clock()
+        if at < self._look_at:
+            return False
+        self._look_at, self._worked = at + LOOK_S, False
         answer = self._endpoint.call(Ffa.NOTIFICATION_GET, self._endpoint.id, GET_FROM_SP)
         if not answer.ok or not pair(answer[2], answer[3]) & self._bit:
             return False
         try:
-            self._send(_Flight(Message(Command.DO_BOTTOM_HALF), [], None))
+            self._send(_Flight(Message(Command.DO_BOTTOM_HALF)))
         except MemoryError:
             log.warning("no memory for a bottom half: notifications wait for the next")
         return True
