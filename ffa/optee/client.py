@@ -129,7 +129,8 @@ class FfaRegion:
 _NOTHING = Frame()
 _NO_MEMORY: Callable[[Memory], int] = lambda memory: 0  # noqa: E731
 _REQUEST, _RESPONSE = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_RESP)
-_BUSY, _DONE, _INVOKE = int(Result.BUSY), int(Yield.DONE), int(Command.INVOKE_COMMAND)
+_BUSY, _DONE = int(Result.BUSY), int(Yield.DONE)
+_INVOKE, _OPEN_SESSION = int(Command.INVOKE_COMMAND), int(Command.OPEN_SESSION)
 
 
 @dataclass(slots=True, eq=False)
@@ -199,6 +200,7 @@ class FfaTeeDriver:
         self._released: set[Memory] = set()  #: by their owner, while they are shared
         self._spare: list[FfaRegion] = []  #: pages for messages
         self._contexts: set[FfaContext] = set()
+        self._closing: set[FfaContext] = set()  #: those of them that are being closed
         self._cancel_ids = 0
         self._closed = False
         self._partition = self._find()
@@ -382,16 +384,16 @@ class FfaTeeDriver:
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
                     progress |= self._step(flights.popleft())
-        closing = [context for context in self._contexts if context.closing is not None]
-        for context in closing:
+        for context in list(self._closing) if self._closing else ():
             self._go_on_closing(context)
-        self._give_back()
+        if self._ending:
+            self._give_back()
         sink = self._sink
         assert sink is not None
         while self._ready:
             progress = True
             sink(self._ready.popleft())
-        if self._runnable or self._waiting or self._ending or closing:
+        if self._runnable or self._waiting or self._ending or self._closing:
             return 0.0 if progress else RETRY_S
         if progress:
             return 0.0
@@ -410,6 +412,7 @@ class FfaTeeDriver:
             if context.closing is not None:
                 self._done(context.closing, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
                 context.closing = None
+        self._closing.clear()
         if self._bit:
             ids = self._partition << 16 | self._endpoint.id
             self._endpoint.call(Ffa.NOTIFICATION_UNBIND, ids, 0, *halves(self._bit))
@@ -503,6 +506,7 @@ class FfaTeeDriver:
     def _close_context(self, call: CloseContext) -> None:
         context = self._context(call.context)
         context.closing = call
+        self._closing.add(context)
         for flight in [f for f in self._all if f.context is context and f.call is not None]:
             assert flight.call is not None
             self.cancel(flight.call)
@@ -523,6 +527,7 @@ class FfaTeeDriver:
             self._unshare(region)
         if not context.registered and context in self._contexts:
             self._contexts.discard(context)
+            self._closing.discard(context)
             self._done(context.closing, Result.SUCCESS, Origin.TEE)
 
     def _open_session(self, call: OpenSession) -> None:
@@ -690,7 +695,7 @@ class FfaTeeDriver:
         if answer[3] == _BUSY and not flight.begun:
             self._waiting.append(flight)
             return False
-        if answer[3] != Result.SUCCESS:
+        if answer[3]:
             log.warning("OP-TEE refuses a call with %#x", answer[3])
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
             return True
@@ -724,7 +729,7 @@ class FfaTeeDriver:
         if flight.params:
             wires = unpack_params(memory.read(HEADER_SIZE, len(flight.wires) * PARAM_SIZE))[flight.first :]
             outputs = take_outputs(flight.params, wires, message.ret)
-        if flight.message.cmd == Command.OPEN_SESSION and message.ret == Result.SUCCESS:
+        if flight.message.cmd == _OPEN_SESSION and not message.ret:
             ident = message.session
             if any(s.ident == ident for c in self._contexts for s in c.sessions):
                 raise MessageError(Result.COMMUNICATION, f"session {ident} is open already")
@@ -736,25 +741,26 @@ class FfaTeeDriver:
         """A message is over, whatever came of it."""
         self._all.discard(flight)
         for flights in (self._waiting, self._runnable):
-            if flight in flights:
+            if flights and flight in flights:
                 flights.remove(flight)
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
-        context, opened = flight.context, flight.message.cmd == Command.OPEN_SESSION
-        if opened and code == Result.SUCCESS and context is not None:
-            value = FfaSession(context, session)
-            context.sessions.add(value)
-            if context.closing is not None:
-                code, origin, value = Result.CANCEL, Origin.API, None
-        if flight.message.cmd == Command.CLOSE_SESSION and flight.session is not None and context is not None:
-            context.sessions.discard(flight.session)
+        context, command = flight.context, flight.message.cmd
+        if command != _INVOKE and context is not None:
+            if command == Command.OPEN_SESSION and code == Result.SUCCESS:
+                value = FfaSession(context, session)
+                context.sessions.add(value)
+                if context.closing is not None:
+                    code, origin, value = Result.CANCEL, Origin.API, None
+            if command == Command.CLOSE_SESSION and flight.session is not None:
+                context.sessions.discard(flight.session)
         if flight.call is not None:
             del self._flights[flight.call]
             self._done(flight.call, code, origin, value, may_have_run=may_have_run)
-        if context is not None:
+        if context is not None and context.closing is not None:
             self._go_on_closing(context)
 
     def _let_go(self, flight: _Flight, *, keep_page: bool = True) -> None:

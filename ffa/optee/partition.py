@@ -725,15 +725,16 @@ def _write_outcome(
     memory: Memory, at: int, message: Message, wires: list[Wire], params: list[Param], first: int = 0
 ) -> None:
     """Writes a message back that has ended, with the outputs of its parameters from number ``first`` on."""
-    try:
-        outputs = [_output(wire, param) for wire, param in zip(wires, params, strict=False)]
-    except MessageError as e:
-        log.error("the TEE has given what no message can hold: %s", e)
-        outputs = []
-        message.end(Result.GENERIC, Origin.TEE)
-    for number, written in enumerate(outputs, first):
-        if written is not None:
-            memory.write(at + message_size(number), written)
+    if params:
+        try:
+            outputs = [_output(wire, param) for wire, param in zip(wires, params, strict=True)]
+        except MessageError as e:
+            log.error("the TEE has given what no message can hold: %s", e)
+            outputs = []
+            message.end(Result.GENERIC, Origin.TEE)
+        for number, written in enumerate(outputs, first):
+            if written is not None:
+                memory.write(at + message_size(number), written)
     memory.write(at, message.pack())
 
 

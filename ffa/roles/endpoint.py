@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
@@ -148,8 +149,12 @@ def response_to(request: int) -> int | None:
 
 def respond(request: Frame, *values: int) -> Frame:
     """The direct response to ``request`` with ``values`` from x3 on (x4 on in a DIRECT_REQ2's, whose x3 is zero)."""
-    function = _RESPONSES[request[0] & MASK32]
-    swapped = (request[1] & 0xFFFF) << 16 | request[1] >> 16 & 0xFFFF
+    return _response(_RESPONSES[request[0] & MASK32], request[1] & MASK32, values)
+
+
+@lru_cache(maxsize=256)
+def _response(function: int, ids: int, values: tuple[int, ...]) -> Frame:
+    swapped = (ids & 0xFFFF) << 16 | ids >> 16
     if function == _DIRECT_RESP2:
         return Frame(function, swapped, 0, 0, *values)
     return Frame(function, swapped, 0, *values)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 from ffa.abi import messages
@@ -14,7 +15,6 @@ from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import (
     BY_FID,
     DIRECT_FRAMEWORK_BIT,
-    FUNCTIONS,
     GET_FROM_HYP,
     GET_FROM_SP,
     GET_FROM_SPM,
@@ -75,6 +75,9 @@ class Served:
     framework: int = 0  #: pending framework notifications
     pages: dict[int, int] = field(default_factory=dict)  #: permissions that an S-EL0 partition has set
     message: tuple[int, int, int] | None = None  #: FFA_MSG_SEND's w1, w3, w4 for who polls or waits
+    ways: dict[int, tuple[str | None, bool, int]] = field(default_factory=dict)
+    """Functions that it has called → the method that answers, whether this is the SMC64 form, the first register that
+    must be zero: what the manager's table, profile and the agreed version come to."""
     id: int = field(init=False)  #: the endpoint's
 
     def __post_init__(self) -> None:
@@ -166,9 +169,9 @@ class Manager:
     def __init__(self, id: int, machine: Machine, profile: Profile, handles: Callable[[], int]) -> None:
         self.id = id
         self.machine = machine
-        self.profile = profile
         self.served: dict[int, Served] = {}
-        self.handlers = dict(HANDLERS)
+        self.profile = profile
+        self.handlers = HANDLERS
         self.transactions = Transactions(machine, profile, handles, self.speaks_for, self.may_receive)
         self.console: deque[tuple[int, str]] = deque(maxlen=CONSOLE_LINES)
 
@@ -201,23 +204,56 @@ class Manager:
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
         """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers."""
         who = self.served.get(caller)
-        found = BY_FID.get(frame[0] & MASK32)
-        if who is None or found is None:
+        if who is None:
             return Frame.failure(Error.NOT_SUPPORTED)
-        function, smc64 = found
-        if function is not _VERSION:
-            who.settled = True
-        handler = self._handler(who, function, smc64)
-        if handler is None or handler.method is None:
+        method, smc64, zero_from = who.ways.get(frame[0] & MASK32) or self._way(who, frame.fid)
+        if method is None:
             return Frame.failure(Error.NOT_SUPPORTED)
         arguments = frame if smc64 else frame.narrow
-        if handler.zero_from < 8 and any(arguments[handler.zero_from : 8]):
+        if zero_from < 8 and any(arguments[zero_from:8]):
             return Frame.failure(_INVALID)
         try:
-            answer: Frame = getattr(self, handler.method)(who, arguments, vcpu if 0 <= vcpu < len(who.contexts) else 0)
+            answer: Frame = getattr(self, method)(who, arguments, vcpu if 0 <= vcpu < len(who.contexts) else 0)
         except FfaError as e:
             return Frame.failure(e.code)
         return answer
+
+    def _way(self, who: Served, function_id: int) -> tuple[str | None, bool, int]:
+        """How a call is answered; what is a function of FF-A is found out once, but FFA_VERSION, which may change it."""
+        found = BY_FID.get(function_id)
+        if found is None:
+            return _NO_WAY
+        function, smc64 = found
+        handler = self._handler(who, function, smc64)
+        way = _NO_WAY if handler is None else (handler.method, smc64, handler.zero_from)
+        if function.call is not Call.VERSION:
+            who.settled = True
+            who.ways[function_id] = way
+        return way
+
+    @property
+    def handlers(self) -> Mapping[Call, Handler]:
+        """Function → how this manager answers it. Set another table to change it."""
+        return self._handlers
+
+    @handlers.setter
+    def handlers(self, table: Mapping[Call, Handler]) -> None:
+        self._handlers = MappingProxyType(dict(table))
+        self._forget_ways()
+
+    @property
+    def profile(self) -> Profile:
+        """What this manager implements."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile) -> None:
+        self._profile = profile
+        self._forget_ways()
+
+    def _forget_ways(self) -> None:
+        for who in self.served.values():
+            who.ways.clear()
 
     def _handler(self, who: Served, function: Function, smc64: bool) -> Handler | None:
         call, profile = function.call, self.profile
@@ -239,6 +275,7 @@ class Manager:
         if who.settled and not self.profile.version_change and agreed != who.version:
             return Frame(Error.NOT_SUPPORTED & MASK32)
         who.version = agreed
+        who.ways.clear()
         return Frame(ours)
 
     def features(self, who: Served, x: Frame, vcpu: int) -> Frame:
@@ -875,7 +912,7 @@ _PROPERTIES_OF_FIRST = Property.DIRECT_REQ_RECV, Property.DIRECT_REQ_SEND
 _PROPERTIES_OF_SECOND = Property.DIRECT_REQ2_RECV, Property.DIRECT_REQ2_SEND
 _PREEMPTED, _BLOCKED = Context.PREEMPTED, Context.BLOCKED  # members of an enum are slow to find
 _REQUEST, _RESPOND = ContextEvent.REQUEST, ContextEvent.RESPOND
-_VERSION = FUNCTIONS[Call.VERSION]
+_NO_WAY = (None, False, 8)
 _DIRECT_REQ2 = fid(Call.MSG_SEND_DIRECT_REQ2)
 
 
