@@ -308,13 +308,15 @@ class FfaTeeDriver:
         if type(session) is not FfaSession or session.closing or self._waiting or self._runnable or self._closed:
             return None
         context = session.context
-        if context.closing is not None or session not in context.sessions or not 0 <= func <= MASK32:
+        if context not in self._contexts or context.closing is not None or session not in context.sessions:
+            return None
+        if not 0 <= func <= MASK32:
             return None
         flight = _Flight(Message(_INVOKE, func, session.ident), (), None, context, session)
         try:
             if params:
                 self._take_params(flight, params)
-            page = self._put(flight)
+            self._put(flight)
         except (MessageError, MemoryError):
             self._let_go(flight)
             return None
@@ -325,7 +327,7 @@ class FfaTeeDriver:
                 self._all.add(flight)
                 return _Begun(self, flight, answer)
             try:
-                message = self._outcome(flight, page.memory)
+                message = self._outcome(flight)
             except MessageError as e:
                 log.warning("OP-TEE gives an answer that makes no sense: %s", e)
                 self._let_go(flight, keep_page=False)
@@ -379,11 +381,13 @@ class FfaTeeDriver:
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
-        progress = self._look_for_notifications()
+        progress = self._look_for_notifications() if self._bit else False
         for flights in (self._runnable, self._waiting):
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
-                    progress |= self._step(flights.popleft())
+                    self._worked = True
+                    flight = flights.popleft()
+                    progress |= self._came_back(flight, self._endpoint.send(flight.frame))
         for context in list(self._closing) if self._closing else ():
             self._go_on_closing(context)
         if self._ending:
@@ -493,9 +497,10 @@ class FfaTeeDriver:
         return handle
 
     def _session(self, handle: object) -> FfaSession:
-        if not isinstance(handle, FfaSession) or handle.closing or handle not in handle.context.sessions:
+        if type(handle) is not FfaSession or handle.closing or handle not in handle.context.sessions:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API, "no such session")
-        self._context(handle.context)
+        if handle.context.closing is not None or handle.context not in self._contexts:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.API, "no such context")
         return handle
 
     def _open_context(self, call: OpenContext) -> None:
@@ -545,7 +550,11 @@ class FfaTeeDriver:
         if not 0 <= call.func < 1 << 32:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API)
         message = Message(_INVOKE, call.func, session.ident)
-        self._send_with(_Flight(message, (), call, session.context, session), call.params)
+        flight = _Flight(message, (), call, session.context, session)
+        if call.params:
+            self._send_with(flight, call.params)
+        else:
+            self._send(flight)
 
     def _close_session(self, call: CloseSession) -> None:
         self._close(self._session(call.session), call)
@@ -594,8 +603,7 @@ class FfaTeeDriver:
     def _send_with(self, flight: _Flight, params: Sequence[Param]) -> None:
         """Raises MessageError, MemoryError: then nothing has happened."""
         try:
-            if params:
-                self._take_params(flight, params)
+            self._take_params(flight, params)
             self._send(flight)
         except (MessageError, MemoryError):
             self._let_go(flight)
@@ -605,7 +613,7 @@ class FfaTeeDriver:
         """Raises MessageError, MemoryError: then what the flight has taken is to be let go of."""
         if len(params) > TEE_PARAMS:
             raise MessageError(Result.BAD_PARAMETERS, f"{len(params)} parameters: a TA can be given {TEE_PARAMS}")
-        flight.params, flight.used, flight.bounced = params, [], []
+        flight.params = params
         flight.wires = [*flight.wires, *[self._wire(flight, param) for param in params]]
 
     def _wire(self, flight: _Flight, param: Param) -> Wire:
@@ -624,7 +632,7 @@ class FfaTeeDriver:
             if param.offset < 0 or param.offset + param.size > memory.size:
                 raise MessageError(Result.BAD_PARAMETERS, "a reference outside its memory")
             region.users += 1
-            flight.used.append(region)
+            flight.used = [*flight.used, region]
             return to_wire(param, lambda memory: region.handle)
         if memory.handle is not None:
             raise MessageError(Result.BAD_PARAMETERS, "memory of another driver's")
@@ -640,8 +648,8 @@ class FfaTeeDriver:
             copy.write(0, data)
         region.users += 1
         self._released.add(copy)
-        flight.used.append(region)
-        flight.bounced.append((param, copy))
+        flight.used = [*flight.used, region]
+        flight.bounced = [*flight.bounced, (param, copy)]
         return Fmem(param.direction, 0, param.size, region.handle, param.meta)
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
@@ -655,8 +663,8 @@ class FfaTeeDriver:
         else:
             self._waiting.append(flight)
 
-    def _put(self, flight: _Flight) -> FfaRegion:
-        """Writes a message into a page of its own. Raises MessageError: a number does not fit its field; MemoryError."""
+    def _put(self, flight: _Flight) -> None:
+        """Writes a message into a page. Raises MessageError: a number does not fit its field; MemoryError."""
         message, wires = flight.message, flight.wires
         params = pack_params(wires) if wires else b""
         flight.page = page = self._spare.pop() if self._spare else self._new_page()
@@ -666,7 +674,6 @@ class FfaTeeDriver:
         page.memory.write(0, message.pack() + params + self._rpc_arg)
         assert page.send is not None
         flight.frame = page.send
-        return page
 
     def _new_page(self) -> FfaRegion:
         memory = self._pages.allocate(PAGE_SIZE)
@@ -681,13 +688,8 @@ class FfaTeeDriver:
         page.send = self._request(Service.CALL_WITH_ARG, *halves(page.handle), 0)
         return page
 
-    def _step(self, flight: _Flight) -> bool:
-        """Lets the partition work on a message; whether it got on."""
-        self._worked = True
-        return self._came_back(flight, self._endpoint.send(flight.frame))
-
     def _came_back(self, flight: _Flight, answer: Frame) -> bool:
-        """What the partition says of a message; whether it got on."""
+        """What the partition says of a message that it has worked on; whether it got on."""
         answer = answer.narrow
         if answer[0] != _RESPONSE:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
@@ -702,7 +704,8 @@ class FfaTeeDriver:
         began, flight.begun = not flight.begun, True
         try:
             if answer[4] == _DONE:
-                self._finish(flight)
+                message = self._outcome(flight)
+                self._end(flight, message.ret, message.ret_origin, message.session)
                 return True
             flight.frame = self._request(Service.RESUME, 0, 0, 0, answer[7])
             if answer[4] == Yield.INTERRUPT:
@@ -716,14 +719,10 @@ class FfaTeeDriver:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
         return True
 
-    def _finish(self, flight: _Flight) -> None:
-        """The message has its outcome. Raises MessageError: it makes no sense."""
-        assert flight.page is not None
-        message = self._outcome(flight, flight.page.memory)
-        self._end(flight, message.ret, message.ret_origin, message.session)
-
-    def _outcome(self, flight: _Flight, memory: Memory) -> Message:
+    def _outcome(self, flight: _Flight) -> Message:
         """The message as it came back, its outputs given. Raises MessageError: it makes no sense; nothing is given."""
+        assert flight.page is not None
+        memory = flight.page.memory
         message = Message.unpack(memory.read(0, HEADER_SIZE))
         outputs: list[Param] = []
         if flight.params:
@@ -759,7 +758,7 @@ class FfaTeeDriver:
                 context.sessions.discard(flight.session)
         if flight.call is not None:
             del self._flights[flight.call]
-            self._done(flight.call, code, origin, value, may_have_run=may_have_run)
+            self._ready.append(Done(flight.call, code, origin, value, may_have_run))
         if context is not None and context.closing is not None:
             self._go_on_closing(context)
 

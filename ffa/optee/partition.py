@@ -224,7 +224,7 @@ class OpteePartition(Endpoint):
             message.end(e.code, Origin.TEE)
             shm.memory.write(at, message.pack())
             return _DONE
-        if message.cmd == Command.INVOKE_COMMAND and self._at_once is not None:
+        if message.cmd == _INVOKE and self._at_once is not None:
             words = self._invoke_at_once(self._at_once, guest, shm, at, message, wires)
             if words is not None:
                 return words
@@ -255,7 +255,7 @@ class OpteePartition(Endpoint):
         outcome = at_once(session.handle, message.func, params)
         if outcome is None:
             return None
-        if type(outcome) is tuple:
+        if isinstance(outcome, tuple):
             message.end(*outcome)
             _write_outcome(shm.memory, at, message, wires, params)
             self.tee.run()
@@ -717,6 +717,7 @@ class OpteePartition(Endpoint):
 
 _CANCELLED = frozenset({Command.OPEN_SESSION, Command.INVOKE_COMMAND})
 _REQUESTS = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)
+_INVOKE = int(Command.INVOKE_COMMAND)
 _RPC_ARG_SIZE = message_size(RPC_PARAMS)
 _DONE: Words = (0, int(Yield.DONE))
 

@@ -190,7 +190,8 @@ class Hypervisor(Manager):
             raise FfaError(Error.BUSY)
         who.contexts[vcpu] = _BLOCKED
         try:
-            return self._preemptible(who, self.port.send(x, vcpu))
+            answer = self.port.send(x, vcpu)
+            return self._preemptible(who, answer) if answer[0] & MASK32 in _PREEMPTIONS else answer
         finally:
             who.contexts[vcpu] = before
 

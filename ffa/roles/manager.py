@@ -219,7 +219,7 @@ class Manager:
         return answer
 
     def _way(self, who: Served, function_id: int) -> tuple[str | None, bool, int]:
-        """How a call is answered; what is a function of FF-A is found out once, but FFA_VERSION, which may change it."""
+        """How a call is answered, found out once for each function but FFA_VERSION, which may change it."""
         found = BY_FID.get(function_id)
         if found is None:
             return _NO_WAY
