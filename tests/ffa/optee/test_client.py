@@ -308,6 +308,78 @@ def test_what_does_not_begin_at_once() -> None:
     assert driver.invoke_at_once(busy, 0, ()) is None
 
 
+def begin(driver: FfaTeeDriver, call: Invoke) -> None:
+    """Begins a call at once that waits."""
+    begun = driver.invoke_at_once(call.session, call.func, call.params)
+    assert begun is not None
+    assert not isinstance(begun, tuple)
+    begun.becomes(call)
+
+
+def test_what_waits_brings_its_outputs_and_ends_with_its_context() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, context = driven.driver, driven.context()
+    session, memory = driven.session(context, PROBE), driver.allocate(100)
+    assert driven.call(RegisterMemory(context=context, memory=memory)).code == Result.SUCCESS
+    assert driver.invoke_at_once(session, 3, [MemRef(Direction.INOUT, memory, 0, 10)]) == WELL
+    memory.write(0, b"\1")
+    held = Value(Direction.INOUT, 1)
+    call = Invoke(session=session, func=8, params=[MemRef(Direction.INOUT, memory, 0, 10), held])
+    begin(driver, call)
+    memory.write(0, b"\2")
+    assert driven.end_of(call).code == Result.SUCCESS
+    assert (held.a, held.b) == (1, 2)  # what it saw before it waited, and after
+    begin(driver, Invoke(session=session, func=4, params=[Value(Direction.IN, 0)]))
+    assert driven.call(CloseContext(context=context)).code == Result.SUCCESS
+    assert [e.code for e in driven.events if isinstance(e, Done)] == [Result.CANCEL]
+    driver.close()
+    assert not path.hypervisor.transactions.regions
+
+
+def test_nonsense_in_answer_to_what_begins_at_once() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, session = driven.driver, driven.session(driven.context(), PROBE)
+    regions, honest = path.hypervisor.transactions.regions, path.partition.receive
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+    before = len(regions)
+    refused = [temporary(b"abc"), Value(Direction.IN, 1 << 64)]
+    assert driver.invoke_at_once(session, 2, refused) is None
+    driven.run()
+    assert len(regions) == before  # the first one's copy is shared no more
+
+    def answer(*words: int) -> None:
+        path.partition.receive = lambda frame, vcpu: respond(frame, *words)  # type: ignore[method-assign]
+
+    answer(0, 7)
+    call = Invoke(session=session, func=0)
+    begin(driver, call)
+    done = driven.end_of(call)
+    assert (done.code, done.may_have_run) == (Result.COMMUNICATION, True)
+    for words in ((Result.GENERIC,), (0xFFFF_0000, 0, 0, 0, 0)):
+        answer(*words)
+        assert driver.invoke_at_once(session, 0, ()) == (Result.COMMUNICATION, Origin.COMMS)
+    path.partition.receive = lambda frame, vcpu: Frame.of(Ffa.MSG_WAIT)  # type: ignore[method-assign]
+    assert driver.invoke_at_once(session, 0, ()) == (Result.COMMUNICATION, Origin.COMMS)
+
+    def other_types(frame: Frame, vcpu: int) -> Frame:
+        found = honest(frame, vcpu)
+        for at in range(0x2000, 0x6000, 0x1000):  # a message's first parameter: of no type now
+            path.guests[0].memory[at + 32] = 0
+        return found
+
+    path.partition.receive = other_types  # type: ignore[method-assign]
+    value = Value(Direction.OUT)
+    params = [Value(Direction.IN, 2), value, Value(Direction.INOUT, 4, 5)]
+    assert driver.invoke_at_once(session, 1, params) == (Result.COMMUNICATION, Origin.COMMS)
+    assert value == Value(Direction.OUT)
+    path.partition.receive = honest  # type: ignore[method-assign]
+    driven.run()
+    assert len(regions) == 0  # no page of a call that may still run is used again
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+
+
 class Clock:
     """Seconds, as a test sets them."""
 
