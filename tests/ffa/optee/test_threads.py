@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 
+import pytest
+
 from ffa.roles.locked import Locked
 from guest_driver.client import Context, TempInOut, ValueIn
 from tee.io.runtime import TeeRuntime
@@ -30,6 +32,7 @@ class Watched:
         self.lock.release()
 
 
+@pytest.mark.feature("FF-A: VMs with threads of their own, whose calls enter one at a time")
 def test_vms_on_threads() -> None:
     """Each VM's driver has a thread of its own; the interpreter changes threads as often as it can."""
     path, lock = Path(vms=3), Watched()
