@@ -323,17 +323,16 @@ class FfaTeeDriver:
         self._worked = True
         answer = self._endpoint.send(flight.frame).narrow
         if answer[0] == _RESPONSE and not answer[3]:
-            if answer[4] != _DONE:
-                self._all.add(flight)
-                return _Begun(self, flight, answer)
-            try:
-                message = self._outcome(flight)
-            except MessageError as e:
-                log.warning("OP-TEE gives an answer that makes no sense: %s", e)
-                self._let_go(flight, keep_page=False)
-                return Result.COMMUNICATION, Origin.COMMS
-            self._let_go(flight)
-            return message.ret, message.ret_origin
+            if answer[4] == _DONE:
+                try:
+                    message = self._outcome(flight)
+                except MessageError:
+                    pass  # it may have run, which is for its Done to say
+                else:
+                    self._let_go(flight)
+                    return message.ret, message.ret_origin
+            self._all.add(flight)
+            return _Begun(self, flight, answer)
         self._let_go(flight)
         if answer[0] == _RESPONSE and answer[3] == _BUSY:
             return None

@@ -372,7 +372,10 @@ def test_nonsense_in_answer_to_what_begins_at_once() -> None:
     path.partition.receive = other_types  # type: ignore[method-assign]
     value = Value(Direction.OUT)
     params = [Value(Direction.IN, 2), value, Value(Direction.INOUT, 4, 5)]
-    assert driver.invoke_at_once(session, 1, params) == (Result.COMMUNICATION, Origin.COMMS)
+    call = Invoke(session=session, func=1, params=params)
+    begin(driver, call)
+    done = driven.end_of(call)
+    assert (done.code, done.may_have_run) == (Result.COMMUNICATION, True)
     assert value == Value(Direction.OUT)
     path.partition.receive = honest  # type: ignore[method-assign]
     driven.run()
