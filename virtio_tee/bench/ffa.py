@@ -34,7 +34,7 @@ class Sizes:
     fuzz_calls: int = 20_000
 
 
-QUICK = Sizes(rounds=1, seconds=0.01, many=64, few=16, fuzz_calls=400)
+QUICK = Sizes(rounds=1, seconds=0.01, many=1024, few=256, fuzz_calls=400)
 
 
 @dataclass(slots=True)
