@@ -140,6 +140,10 @@ Outcome = tuple[int, int]
 """Result code and origin."""
 
 
+AtOnce = Callable[[object, int, Sequence[Param]], Outcome | Begun | None]
+"""What :meth:`InvokesAtOnce.invoke_at_once` is."""
+
+
 @runtime_checkable
 class InvokesAtOnce(Protocol):
     """What a driver can offer besides: invokes that end without waiting cost neither a call object nor an event."""

@@ -69,6 +69,8 @@ class Memory:
     def read(self, offset: int, size: int) -> bytes:
         """A private copy of ``size`` bytes. Raises ValueError outside the memory."""
         self._check(offset, size)
+        if len(self._segments) == 1:
+            return bytes(self._segments[0][offset : offset + size])
         return b"".join(self._pieces(offset, size))
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -76,6 +78,9 @@ class Memory:
         self._check(offset, len(data))
         if self.read_only:
             raise ValueError("memory is read-only")
+        if len(self._segments) == 1:
+            self._segments[0][offset : offset + len(data)] = data
+            return
         done = 0
         for piece in self._pieces(offset, len(data)):
             piece[:] = data[done : done + len(piece)]

@@ -20,9 +20,11 @@ class Frame(tuple[int, ...]):
 
     def __new__(cls, *registers: int) -> Frame:
         """Raises ValueError for more than 18 values, or one that does not fit 64 bits unsigned."""
-        if len(registers) > REGISTERS or (registers and not (min(registers) >= 0 and max(registers) <= MASK64)):
+        highest = max(registers, default=0)
+        if len(registers) > REGISTERS or highest > MASK64 or min(registers, default=0) < 0:
             raise ValueError("a frame has at most 18 registers of 64 bits, unsigned")
-        return tuple.__new__(cls, registers + _ZEROS[REGISTERS - len(registers)])
+        kind = _Narrow if highest <= MASK32 else Frame
+        return tuple.__new__(kind, registers + _ZEROS[REGISTERS - len(registers)])
 
     @classmethod
     def of(cls, call: Call, *arguments: int, smc64: bool | None = None) -> Frame:
@@ -47,7 +49,7 @@ class Frame(tuple[int, ...]):
     @property
     def narrow(self) -> Frame:
         """The w registers: each value's low 32 bits, which is all that an SMC32 call has."""
-        return tuple.__new__(Frame, [value & MASK32 for value in self])
+        return tuple.__new__(_Narrow, [value & MASK32 for value in self])
 
     @property
     def error(self) -> Error | None:
@@ -67,6 +69,17 @@ class Frame(tuple[int, ...]):
         text = " ".join(f"{value:x}" for value in self[1 : used + 1])
         error = self.error
         return f"<{name(self.fid)}{' ' + text if text else ''}{f' ({error.name})' if error is not None else ''}>"
+
+
+class _Narrow(Frame):
+    """A frame that is its own narrow form, which is found out once: most calls pass through several hands."""
+
+    __slots__ = ()
+
+    @property
+    def narrow(self) -> Frame:
+        """Itself."""
+        return self
 
 
 _ERROR = fid(Call.ERROR)

@@ -336,7 +336,7 @@ def _open_to_all(call: Call) -> Change:
     def apply(model: Model) -> None:
         for manager in _managers(model):
             everybody = manager.handlers[Call.ERROR].callers
-            manager.handlers[call] = replace(manager.handlers[call], callers=everybody)
+            manager.handlers = {**manager.handlers, call: replace(manager.handlers[call], callers=everybody)}
 
     return apply
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame, halves, pair
+from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import ATTRIBUTES_NORMAL, GET_FROM_SP, PAGE_SIZE, Data, Error, FfaError, fid, permissions
 from ffa.abi.ids import Call as Ffa
 from ffa.abi.messages import parse_infos, uuid_to_words
@@ -28,6 +28,7 @@ from ffa.optee.msg import (
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
+    PARAM_SIZE,
     TEE_PARAMS,
     Capability,
     Command,
@@ -56,7 +57,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, Event, GenCap, Notification, RpcWithdrawn, Sink, TeeInfo, TeeKind
+from tee.driver import Begun, Done, Event, GenCap, Notification, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
 from tee.memory import Memory, Range
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
@@ -72,6 +73,8 @@ RETRY_S = 0.001
 """Seconds after which a call is resumed that came back without any progress."""
 POLL_S = 0.05
 """Seconds between looks for notifications while a context is open."""
+LOOK_S = 0.001
+"""… after the partition has worked for this VM, which is when most are raised. A look costs as much as a call."""
 UNREGISTER_TRIES = 1000
 """How often the partition is asked to give memory back."""
 
@@ -120,6 +123,14 @@ class FfaRegion:
     memory: Memory
     users: int = 0
     ending: UnregisterMemory | None = None
+    send: Frame | None = None  #: the request to work on the message in it, if that is what it is for
+
+
+_NOTHING = Frame()
+_NO_MEMORY: Callable[[Memory], int] = lambda memory: 0  # noqa: E731
+_REQUEST, _RESPONSE = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_RESP)
+_BUSY, _DONE = int(Result.BUSY), int(Yield.DONE)
+_INVOKE, _OPEN_SESSION = int(Command.INVOKE_COMMAND), int(Command.OPEN_SESSION)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,18 +138,31 @@ class _Flight:
     """A message that the partition has, or is to get."""
 
     message: Message
-    wires: list[Wire]
-    call: Call | None  #: None: of the driver itself
+    wires: Sequence[Wire] = ()
+    call: Call | None = None  #: None: of the driver itself
     context: FfaContext | None = None
     session: FfaSession | None = None
-    params: list[Param] = field(default_factory=list)
+    params: Sequence[Param] = ()
     first: int = 0  #: number of the first of them
-    used: list[FfaRegion] = field(default_factory=list)
-    bounced: list[tuple[MemRef, Memory]] = field(default_factory=list)  #: temporary memory, and its copy
+    used: Sequence[FfaRegion] = ()
+    bounced: Sequence[tuple[MemRef, Memory]] = ()  #: temporary memory, and its copy
     page: FfaRegion | None = None  #: where the message is
     begun: bool = False
-    frame: tuple[int, ...] = ()  #: w3 to w7 of the next request
+    frame: Frame = _NOTHING  #: the next request
     rpc: Rpc | None = None  #: that somebody is to answer
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """An invoke that has come back and is to be resumed."""
+
+    driver: FfaTeeDriver
+    flight: _Flight
+    answer: Frame
+
+    def becomes(self, call: Invoke) -> None:
+        """See :class:`~tee.driver.Begun`."""
+        self.driver.go_on(self.flight, call, self.answer)
 
 
 class FfaTeeDriver:
@@ -148,11 +172,21 @@ class FfaTeeDriver:
     no such partition, or it is one that cannot be used; MemoryError.
     """
 
-    def __init__(self, endpoint: Endpoint, pages: Pages, *, now: Callable[[], int] = time.time_ns) -> None:
-        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        pages: Pages,
+        *,
+        now: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970. ``clock`` counts seconds."""
         self._endpoint = endpoint
         self._pages = pages
         self._now = now
+        self._clock = clock
+        self._look_at = 0.0  #: when to look for notifications
+        self._worked = False  #: the partition has, since the last look
         self._sink: Sink | None = None
         self._ready: deque[Event] = deque()
         self._waiting: deque[_Flight] = deque()  #: for a free thread
@@ -166,10 +200,12 @@ class FfaTeeDriver:
         self._released: set[Memory] = set()  #: by their owner, while they are shared
         self._spare: list[FfaRegion] = []  #: pages for messages
         self._contexts: set[FfaContext] = set()
+        self._closing: set[FfaContext] = set()  #: those of them that are being closed
         self._cancel_ids = 0
         self._closed = False
         self._partition = self._find()
         self._rpc_params, self._notifies = self._exchange()
+        self._rpc_arg = Message(0, num_params=self._rpc_params).pack() + bytes(self._rpc_params * PARAM_SIZE)
         self._bit = 0
         if self._notifies:
             self._enable_notifications()
@@ -267,6 +303,48 @@ class FfaTeeDriver:
         except MessageError as e:
             self._done(call, e.code, Origin.API)
 
+    def invoke_at_once(self, session: object, func: int, params: Sequence[Param]) -> Outcome | Begun | None:
+        """See :class:`~tee.driver.InvokesAtOnce`. Others have their turn while messages wait or are to be resumed."""
+        if type(session) is not FfaSession or session.closing or self._waiting or self._runnable or self._closed:
+            return None
+        context = session.context
+        if context not in self._contexts or context.closing is not None or session not in context.sessions:
+            return None
+        if not 0 <= func <= MASK32:
+            return None
+        flight = _Flight(Message(_INVOKE, func, session.ident), (), None, context, session)
+        try:
+            if params:
+                self._take_params(flight, params)
+            self._put(flight)
+        except (MessageError, MemoryError):
+            self._let_go(flight)
+            return None
+        self._worked = True
+        answer = self._endpoint.send(flight.frame).narrow
+        if answer[0] == _RESPONSE and not answer[3]:
+            if answer[4] == _DONE:
+                try:
+                    message = self._outcome(flight)
+                except MessageError:
+                    pass  # it may have run, which is for its Done to say
+                else:
+                    self._let_go(flight)
+                    return message.ret, message.ret_origin
+            self._all.add(flight)
+            return _Begun(self, flight, answer)
+        self._let_go(flight)
+        if answer[0] == _RESPONSE and answer[3] == _BUSY:
+            return None
+        log.warning("OP-TEE refuses a call with %r", answer)
+        return Result.COMMUNICATION, Origin.COMMS
+
+    def go_on(self, flight: _Flight, call: Invoke, answer: Frame) -> None:
+        """``call`` is what was begun at once and came back with ``answer`` (for :class:`_Begun`)."""
+        flight.call = call
+        self._flights[call] = flight
+        self._came_back(flight, answer)
+
     def cancel(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
         flight = self._flights.get(call)
@@ -278,7 +356,7 @@ class FfaTeeDriver:
             return
         message = Message(Command.CANCEL, session=flight.message.session, cancel_id=flight.message.cancel_id)
         try:
-            self._send(_Flight(message, [], None), first=True)
+            self._send(_Flight(message), first=True)
         except MemoryError:
             log.warning("no memory for a CANCEL: the call ends by itself")
 
@@ -302,25 +380,29 @@ class FfaTeeDriver:
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
-        progress = self._look_for_notifications()
+        progress = self._look_for_notifications() if self._bit else False
         for flights in (self._runnable, self._waiting):
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
-                    progress |= self._step(flights.popleft())
-        closing = [context for context in self._contexts if context.closing is not None]
-        for context in closing:
+                    self._worked = True
+                    flight = flights.popleft()
+                    progress |= self._came_back(flight, self._endpoint.send(flight.frame))
+        for context in list(self._closing) if self._closing else ():
             self._go_on_closing(context)
-        self._give_back()
+        if self._ending:
+            self._give_back()
         sink = self._sink
         assert sink is not None
         while self._ready:
             progress = True
             sink(self._ready.popleft())
-        if self._runnable or self._waiting or self._ending or closing:
+        if self._runnable or self._waiting or self._ending or self._closing:
             return 0.0 if progress else RETRY_S
         if progress:
             return 0.0
-        return POLL_S if self._bit and self._contexts else None
+        if not self._bit or not self._contexts:
+            return None
+        return max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
 
     def close(self) -> None:
         """Ends the use of the partition: all calls end, messages' pages are taken back."""
@@ -333,6 +415,7 @@ class FfaTeeDriver:
             if context.closing is not None:
                 self._done(context.closing, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
                 context.closing = None
+        self._closing.clear()
         if self._bit:
             ids = self._partition << 16 | self._endpoint.id
             self._endpoint.call(Ffa.NOTIFICATION_UNBIND, ids, 0, *halves(self._bit))
@@ -349,12 +432,11 @@ class FfaTeeDriver:
 
     def _ask(self, service: Service, *words: int) -> Frame | None:
         """The answer to a direct request: None if there is none."""
-        return self._request((service, *words))
+        answer = self._endpoint.send(self._request(service, *words)).narrow
+        return answer if answer[0] == _RESPONSE else None
 
-    def _request(self, words: tuple[int, ...]) -> Frame | None:
-        ids = self._endpoint.id << 16 | self._partition
-        answer = self._endpoint.call(Ffa.MSG_SEND_DIRECT_REQ, ids, 0, *words)
-        return answer.narrow if answer.fid == fid(Ffa.MSG_SEND_DIRECT_RESP) else None
+    def _request(self, *words: int) -> Frame:
+        return Frame(_REQUEST, self._endpoint.id << 16 | self._partition, 0, *words)
 
     def _share(self, memory: Memory) -> FfaRegion:
         """Raises MessageError(BAD_PARAMETERS): the memory is not the VM's, or is shared; MemoryError."""
@@ -414,9 +496,10 @@ class FfaTeeDriver:
         return handle
 
     def _session(self, handle: object) -> FfaSession:
-        if not isinstance(handle, FfaSession) or handle.closing or handle not in handle.context.sessions:
+        if type(handle) is not FfaSession or handle.closing or handle not in handle.context.sessions:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API, "no such session")
-        self._context(handle.context)
+        if handle.context.closing is not None or handle.context not in self._contexts:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.API, "no such context")
         return handle
 
     def _open_context(self, call: OpenContext) -> None:
@@ -427,6 +510,7 @@ class FfaTeeDriver:
     def _close_context(self, call: CloseContext) -> None:
         context = self._context(call.context)
         context.closing = call
+        self._closing.add(context)
         for flight in [f for f in self._all if f.context is context and f.call is not None]:
             assert flight.call is not None
             self.cancel(flight.call)
@@ -447,6 +531,7 @@ class FfaTeeDriver:
             self._unshare(region)
         if not context.registered and context in self._contexts:
             self._contexts.discard(context)
+            self._closing.discard(context)
             self._done(context.closing, Result.SUCCESS, Origin.TEE)
 
     def _open_session(self, call: OpenSession) -> None:
@@ -456,14 +541,19 @@ class FfaTeeDriver:
             Value(Direction.IN, *ta, 0, meta=True),
             Value(Direction.IN, *client, call.client.login, meta=True),
         ]
-        self._send_with(_Flight(Message(Command.OPEN_SESSION), meta, call, context, first=META_PARAMS), call.params)
+        flight = _Flight(Message(Command.OPEN_SESSION), meta, call, context, first=META_PARAMS)
+        self._send_with(flight, call.params)
 
     def _invoke(self, call: Invoke) -> None:
         session = self._session(call.session)
         if not 0 <= call.func < 1 << 32:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-        message = Message(Command.INVOKE_COMMAND, call.func, session.ident)
-        self._send_with(_Flight(message, [], call, session.context, session), call.params)
+        message = Message(_INVOKE, call.func, session.ident)
+        flight = _Flight(message, (), call, session.context, session)
+        if call.params:
+            self._send_with(flight, call.params)
+        else:
+            self._send(flight)
 
     def _close_session(self, call: CloseSession) -> None:
         self._close(self._session(call.session), call)
@@ -475,7 +565,7 @@ class FfaTeeDriver:
         session.closing = True
         message = Message(Command.CLOSE_SESSION, session=session.ident)
         try:
-            self._send(_Flight(message, [], call, session.context, session))
+            self._send(_Flight(message, (), call, session.context, session))
         except MemoryError:
             session.closing = False
             raise
@@ -509,23 +599,26 @@ class FfaTeeDriver:
 
     # -- messages
 
-    def _send_with(self, flight: _Flight, params: list[Param]) -> None:
+    def _send_with(self, flight: _Flight, params: Sequence[Param]) -> None:
         """Raises MessageError, MemoryError: then nothing has happened."""
-        if len(params) > TEE_PARAMS:
-            raise MessageError(Result.BAD_PARAMETERS, f"{len(params)} parameters: a TA can be given {TEE_PARAMS}")
-        flight.params = params
         try:
-            flight.wires += [self._wire(flight, param) for param in params]
-            pack_params(flight.wires)
+            self._take_params(flight, params)
             self._send(flight)
         except (MessageError, MemoryError):
             self._let_go(flight)
             raise
 
+    def _take_params(self, flight: _Flight, params: Sequence[Param]) -> None:
+        """Raises MessageError, MemoryError: then what the flight has taken is to be let go of."""
+        if len(params) > TEE_PARAMS:
+            raise MessageError(Result.BAD_PARAMETERS, f"{len(params)} parameters: a TA can be given {TEE_PARAMS}")
+        flight.params = params
+        flight.wires = [*flight.wires, *[self._wire(flight, param) for param in params]]
+
     def _wire(self, flight: _Flight, param: Param) -> Wire:
         """How a parameter is sent: temporary memory in a copy that is shared for the time of the call."""
         if not isinstance(param, MemRef) or param.memory is None:
-            return to_wire(param, lambda memory: 0)
+            return to_wire(param, _NO_MEMORY)
         memory = param.memory
         try:
             data = memory.read(param.offset, param.size) if memory.handle is None and param.size else b""
@@ -538,7 +631,7 @@ class FfaTeeDriver:
             if param.offset < 0 or param.offset + param.size > memory.size:
                 raise MessageError(Result.BAD_PARAMETERS, "a reference outside its memory")
             region.users += 1
-            flight.used.append(region)
+            flight.used = [*flight.used, region]
             return to_wire(param, lambda memory: region.handle)
         if memory.handle is not None:
             raise MessageError(Result.BAD_PARAMETERS, "memory of another driver's")
@@ -554,21 +647,13 @@ class FfaTeeDriver:
             copy.write(0, data)
         region.users += 1
         self._released.add(copy)
-        flight.used.append(region)
-        flight.bounced.append((param, copy))
+        flight.used = [*flight.used, region]
+        flight.bounced = [*flight.bounced, (param, copy)]
         return Fmem(param.direction, 0, param.size, region.handle, param.meta)
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
-        """Has a message sent. Raises MemoryError."""
-        flight.page = self._spare.pop() if self._spare else self._new_page()
-        self._cancel_ids = self._cancel_ids + 1 & 0xFFFF_FFFF
-        message = flight.message
-        message.cancel_id = message.cancel_id or self._cancel_ids
-        message.num_params = len(flight.wires)
-        rpc_arg = Message(0, num_params=self._rpc_params).pack()
-        data = message.pack() + pack_params(flight.wires) + rpc_arg
-        flight.page.memory.write(0, data + bytes(self._rpc_params * (message_size(1) - HEADER_SIZE)))
-        flight.frame = (Service.CALL_WITH_ARG, *halves(flight.page.handle), 0)
+        """Has a message sent. Raises MessageError: a number does not fit its field; MemoryError."""
+        self._put(flight)
         self._all.add(flight)
         if flight.call is not None:
             self._flights[flight.call] = flight
@@ -577,84 +662,103 @@ class FfaTeeDriver:
         else:
             self._waiting.append(flight)
 
+    def _put(self, flight: _Flight) -> None:
+        """Writes a message into a page. Raises MessageError: a number does not fit its field; MemoryError."""
+        message, wires = flight.message, flight.wires
+        params = pack_params(wires) if wires else b""
+        flight.page = page = self._spare.pop() if self._spare else self._new_page()
+        if not message.cancel_id:
+            self._cancel_ids = message.cancel_id = self._cancel_ids + 1 & MASK32
+        message.num_params = len(wires)
+        page.memory.write(0, message.pack() + params + self._rpc_arg)
+        assert page.send is not None
+        flight.frame = page.send
+
     def _new_page(self) -> FfaRegion:
-        page = self._pages.allocate(PAGE_SIZE)
+        memory = self._pages.allocate(PAGE_SIZE)
         try:
-            return self._share(page)
+            page = self._share(memory)
         except MessageError as e:
-            self._pages.release(page)
+            self._pages.release(memory)
             raise MemoryError(str(e)) from None
         except MemoryError:
-            self._pages.release(page)
+            self._pages.release(memory)
             raise
+        page.send = self._request(Service.CALL_WITH_ARG, *halves(page.handle), 0)
+        return page
 
-    def _step(self, flight: _Flight) -> bool:
-        """Lets the partition work on a message; whether it got on."""
-        answer = self._request(flight.frame)
-        if answer is None:
+    def _came_back(self, flight: _Flight, answer: Frame) -> bool:
+        """What the partition says of a message that it has worked on; whether it got on."""
+        answer = answer.narrow
+        if answer[0] != _RESPONSE:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
             return True
-        if answer[3] == Result.BUSY and not flight.begun:
+        if answer[3] == _BUSY and not flight.begun:
             self._waiting.append(flight)
             return False
-        if answer[3] != Result.SUCCESS:
+        if answer[3]:
             log.warning("OP-TEE refuses a call with %#x", answer[3])
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
             return True
         began, flight.begun = not flight.begun, True
-        flight.frame = (Service.RESUME, 0, 0, 0, answer[7])
-        if answer[4] == Yield.INTERRUPT:
-            self._runnable.append(flight)
-            return began
         try:
-            if answer[4] == Yield.RPC_CMD:
-                self._asked(flight)
-            elif answer[4] == Yield.DONE:
-                self._finish(flight)
-            else:
+            if answer[4] == _DONE:
+                message = self._outcome(flight)
+                self._end(flight, message.ret, message.ret_origin, message.session)
+                return True
+            flight.frame = self._request(Service.RESUME, 0, 0, 0, answer[7])
+            if answer[4] == Yield.INTERRUPT:
+                self._runnable.append(flight)
+                return began
+            if answer[4] != Yield.RPC_CMD:
                 raise MessageError(Result.COMMUNICATION, f"a call came back with {answer[4]}")
+            self._asked(flight)
         except MessageError as e:
             log.warning("OP-TEE gives an answer that makes no sense: %s", e)
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
         return True
 
-    def _finish(self, flight: _Flight) -> None:
-        """The message has its outcome. Raises MessageError: it makes no sense."""
+    def _outcome(self, flight: _Flight) -> Message:
+        """The message as it came back, its outputs given. Raises MessageError: it makes no sense; nothing is given."""
         assert flight.page is not None
-        memory, count = flight.page.memory, len(flight.wires)
+        memory = flight.page.memory
         message = Message.unpack(memory.read(0, HEADER_SIZE))
-        wires = unpack_params(memory.read(HEADER_SIZE, message_size(count) - HEADER_SIZE))[flight.first :]
-        outputs = take_outputs(flight.params, wires, message.ret)
-        if flight.message.cmd == Command.OPEN_SESSION and message.ret == Result.SUCCESS:
+        outputs: list[Param] = []
+        if flight.params:
+            wires = unpack_params(memory.read(HEADER_SIZE, len(flight.wires) * PARAM_SIZE))[flight.first :]
+            outputs = take_outputs(flight.params, wires, message.ret)
+        if flight.message.cmd == _OPEN_SESSION and not message.ret:
             ident = message.session
             if any(s.ident == ident for c in self._contexts for s in c.sessions):
                 raise MessageError(Result.COMMUNICATION, f"session {ident} is open already")
-        _give_outputs(flight, outputs)
-        self._end(flight, message.ret, message.ret_origin, message.session)
+        if outputs:
+            _give_outputs(flight, outputs)
+        return message
 
     def _end(self, flight: _Flight, code: int, origin: int, session: int = 0, *, may_have_run: bool = False) -> None:
         """A message is over, whatever came of it."""
         self._all.discard(flight)
         for flights in (self._waiting, self._runnable):
-            if flight in flights:
+            if flights and flight in flights:
                 flights.remove(flight)
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
-        context, opened = flight.context, flight.message.cmd == Command.OPEN_SESSION
-        if opened and code == Result.SUCCESS and context is not None:
-            value = FfaSession(context, session)
-            context.sessions.add(value)
-            if context.closing is not None:
-                code, origin, value = Result.CANCEL, Origin.API, None
-        if flight.message.cmd == Command.CLOSE_SESSION and flight.session is not None and context is not None:
-            context.sessions.discard(flight.session)
+        context, command = flight.context, flight.message.cmd
+        if command != _INVOKE and context is not None:
+            if command == Command.OPEN_SESSION and code == Result.SUCCESS:
+                value = FfaSession(context, session)
+                context.sessions.add(value)
+                if context.closing is not None:
+                    code, origin, value = Result.CANCEL, Origin.API, None
+            if command == Command.CLOSE_SESSION and flight.session is not None:
+                context.sessions.discard(flight.session)
         if flight.call is not None:
             del self._flights[flight.call]
-            self._done(flight.call, code, origin, value, may_have_run=may_have_run)
-        if context is not None:
+            self._ready.append(Done(flight.call, code, origin, value, may_have_run))
+        if context is not None and context.closing is not None:
             self._go_on_closing(context)
 
     def _let_go(self, flight: _Flight, *, keep_page: bool = True) -> None:
@@ -662,7 +766,7 @@ class FfaTeeDriver:
             region.users -= 1
             if not region.users and (region.ending is not None or region.memory in self._released):
                 self._unshare(region)
-        flight.used.clear()
+        flight.used = ()
         if flight.page is not None:
             if keep_page and not self._closed:
                 self._spare.append(flight.page)
@@ -768,11 +872,15 @@ class FfaTeeDriver:
     def _look_for_notifications(self) -> bool:
         if not self._bit or self._closed:
             return False
+        at = self._clock()
+        if at < self._look_at:
+            return False
+        self._look_at, self._worked = at + LOOK_S, False
         answer = self._endpoint.call(Ffa.NOTIFICATION_GET, self._endpoint.id, GET_FROM_SP)
         if not answer.ok or not pair(answer[2], answer[3]) & self._bit:
             return False
         try:
-            self._send(_Flight(Message(Command.DO_BOTTOM_HALF), [], None))
+            self._send(_Flight(Message(Command.DO_BOTTOM_HALF)))
         except MemoryError:
             log.warning("no memory for a bottom half: notifications wait for the next")
         return True

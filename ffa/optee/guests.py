@@ -81,8 +81,7 @@ class Thread:
 
     def end(self, code: int, origin: int, session: int = 0) -> None:
         """The outcome is there."""
-        self.message.ret, self.message.ret_origin = code & 0xFFFF_FFFF, origin & 0xFFFF_FFFF
-        self.message.session = session or self.message.session
+        self.message.end(code, origin, session)
         self.call, self.done = None, True
 
     def hold(self, shm: Shm) -> None:
@@ -131,6 +130,13 @@ class Guest:
         if found is None or found.memory is not memory:
             raise MessageError(Result.GENERIC, "the TEE names memory that is not the VM's")
         return found
+
+    def ready(self, handle: int) -> Memory:
+        """The memory of a region that the TEE knows. Raises MessageError: it does not, or soon will not."""
+        found = self.shms.get(handle)
+        if found is None or found.unregistering is not None or not found.ready:
+            raise MessageError(Result.BAD_PARAMETERS, f"{handle:#x} is not registered")
+        return found.memory
 
     def give_back(self, memory: Memory) -> None:
         """The TEE has no more use for memory that it was lent."""

@@ -113,6 +113,9 @@ message_arg = Codec("MessageArg", MessageArg)
 value_param = Codec("ValueParam", ValueParam)
 fmem_param = Codec("FmemParam", FmemParam)
 CODECS = (message_arg, value_param, fmem_param)
+_pack_message = message_arg.raw.pack
+_pack_value, _unpack_value = value_param.raw.pack, value_param.raw.unpack_from
+_pack_fmem, _unpack_fmem = fmem_param.raw.pack, fmem_param.raw.unpack_from
 
 PARAM_SIZE = value_param.size
 
@@ -140,20 +143,18 @@ class Message:
     @classmethod
     def unpack(cls, data: bytes) -> Message:
         """From exactly the bytes of a header."""
-        found = message_arg.unpack(data)
-        return cls(found.cmd, found.func, found.session, found.cancel_id, found.ret, found.ret_origin, found.num_params)
+        return cls(*message_arg.raw.unpack(data))
 
     def pack(self) -> bytes:
         """Its bytes."""
-        return message_arg.pack(
-            cmd=self.cmd,
-            func=self.func,
-            session=self.session,
-            cancel_id=self.cancel_id,
-            ret=self.ret,
-            ret_origin=self.ret_origin,
-            num_params=self.num_params,
+        return _pack_message(
+            self.cmd, self.func, self.session, self.cancel_id, self.ret, self.ret_origin, self.num_params
         )
+
+    def end(self, code: int, origin: int, session: int = 0) -> None:
+        """Puts the outcome in; ``session`` is one that was opened."""
+        self.ret, self.ret_origin = code & 0xFFFF_FFFF, origin & 0xFFFF_FFFF
+        self.session = session or self.session
 
 
 HEADER_SIZE = message_arg.size
@@ -186,30 +187,30 @@ Wire = Value | Fmem | Nothing
 
 def unpack_params(data: bytes) -> list[Wire]:
     """All parameters in ``data``. Raises MessageError(BAD_PARAMETERS): a type that FF-A does not have, unknown bits."""
-    return [_unpack(data[at : at + PARAM_SIZE]) for at in range(0, len(data), PARAM_SIZE)]
+    return [_unpack(data, at) for at in range(0, len(data), PARAM_SIZE)]
 
 
-def _unpack(data: bytes) -> Wire:
-    value = value_param.unpack(data)
-    kind, meta = value.attr & Attr.TYPE_MASK, bool(value.attr & Attr.META)
-    if value.attr & ~(Attr.TYPE_MASK | Attr.META):
-        raise MessageError(Result.BAD_PARAMETERS, f"a parameter with attribute {value.attr:#x}")
+def _unpack(data: bytes, at: int) -> Wire:
+    attr, a, b, c = _unpack_value(data, at)
+    kind, meta = attr & _TYPE_MASK, bool(attr & _META)
+    if attr & ~(_TYPE_MASK | _META):
+        raise MessageError(Result.BAD_PARAMETERS, f"a parameter with attribute {attr:#x}")
     if not kind:
         return Nothing(meta)
     if kind in _DIRECTIONS:
-        return Value(_DIRECTIONS[kind], value.a, value.b, value.c, meta)
+        return Value(_DIRECTIONS[kind], a, b, c, meta)
     if kind - FMEM in _DIRECTIONS:
-        fmem = fmem_param.unpack(data)
-        if fmem.global_id == NULL_HANDLE:
-            return Fmem(_DIRECTIONS[kind - FMEM], 0, fmem.size, NULL_HANDLE, meta)
-        if fmem.internal_offs >= PAGE_SIZE:
+        _, low, high, internal, size, handle = _unpack_fmem(data, at)
+        if handle == NULL_HANDLE:
+            return Fmem(_DIRECTIONS[kind - FMEM], 0, size, NULL_HANDLE, meta)
+        if internal >= PAGE_SIZE:
             raise MessageError(Result.BAD_PARAMETERS, "memory that starts beyond its first page")
-        offset = (fmem.offs_low | fmem.offs_high << 32) + fmem.internal_offs
-        return Fmem(_DIRECTIONS[kind - FMEM], offset, fmem.size, fmem.global_id, meta)
+        return Fmem(_DIRECTIONS[kind - FMEM], (low | high << 32) + internal, size, handle, meta)
     raise MessageError(Result.BAD_PARAMETERS, f"a parameter of type {kind}")
 
 
 _DIRECTIONS = {int(direction): direction for direction in Direction}
+_TYPE_MASK, _META = int(Attr.TYPE_MASK), int(Attr.META)
 
 
 def pack_params(params: Sequence[Wire]) -> bytes:
@@ -218,24 +219,18 @@ def pack_params(params: Sequence[Wire]) -> bytes:
 
 
 def _pack(param: Wire) -> bytes:
-    attr = Attr.META if param.meta else 0
+    attr = _META if param.meta else 0
     match param:
         case Value():
             _check_fits(64, param.a, param.b, param.c)
-            return value_param.pack(attr=attr | param.direction, a=param.a, b=param.b, c=param.c)
+            return _pack_value(attr | param.direction, param.a, param.b, param.c)
         case Fmem():
             _check_fits(48, param.offset)
             _check_fits(64, param.size, param.handle)
-            return fmem_param.pack(
-                attr=attr | FMEM | param.direction,
-                offs_low=param.offset & 0xFFFF_FFFF,
-                offs_high=param.offset >> 32,
-                internal_offs=0,
-                size=param.size,
-                global_id=param.handle,
-            )
+            kind, low, high = attr | FMEM | param.direction, param.offset & 0xFFFF_FFFF, param.offset >> 32
+            return _pack_fmem(kind, low, high, 0, param.size, param.handle)
         case Nothing():
-            return value_param.pack(attr=attr, a=0, b=0, c=0)
+            return _pack_value(attr, 0, 0, 0)
 
 
 def _check_fits(bits: int, *numbers: int) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame, halves, pair
+from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import FLAG_TYPE_SHIFT, PAGE_SIZE, TRANSACTION_TYPES, VERSION_1_2, Data, Error, FfaError, Property, fid
 from ffa.abi.ids import Call as Ffa
 from ffa.optee.guests import Ask, Guest, Limits, Session, Shm, Thread
@@ -25,6 +25,7 @@ from ffa.optee.msg import (
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
+    PARAM_SIZE,
     TEE_PARAMS,
     Capability,
     Command,
@@ -56,7 +57,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver
+from tee.driver import AtOnce, Done, Event, InvokesAtOnce, Notification, RpcWithdrawn, TeeDriver
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -99,6 +100,7 @@ class OpteePartition(Endpoint):
         self._idents = itertools.count(1)
         self._by_call: dict[Call, Thread] = {}
         self._ends: dict[Call, Callable[[Done], None]] = {}
+        self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
         self._given: dict[Rpc, tuple[Guest, MemRef]] = {}
         """SHM_ALLOCs whose memory the TEE has."""
         tee.attach(self._take)
@@ -142,11 +144,12 @@ class OpteePartition(Endpoint):
 
     def receive(self, frame: Frame, vcpu: int) -> Frame:
         """Answers direct requests; FFA_RUN lets the TEE work."""
-        if response_to(frame.fid) is None:
+        function = frame[0] & MASK32
+        if function not in _REQUESTS:
+            if response_to(function) is not None:
+                return respond(frame, Result.NOT_SUPPORTED)
             self._work()
             return Frame.of(Ffa.MSG_WAIT)
-        if frame.fid not in (fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)):
-            return respond(frame, Result.NOT_SUPPORTED)
         x = frame.narrow
         serve = self._SERVICES.get(x[3])
         if serve is None:
@@ -210,16 +213,62 @@ class OpteePartition(Endpoint):
 
     def _call_with_arg(self, guest: Guest, x: Frame) -> Words:
         shm, at = self._shm(guest, pair(x[4], x[5])), x[6]
-        thread = self._thread(guest, shm, at)
+        message, params = self._read(guest, shm, at)
         try:
-            begin = self._COMMANDS.get(thread.message.cmd)
+            begin = self._COMMANDS.get(message.cmd)
             if begin is None:
-                raise MessageError(Result.NOT_IMPLEMENTED, f"no command {thread.message.cmd}")
-            if not thread.done:  # otherwise its parameters made no sense
-                begin(self, thread)
+                raise MessageError(Result.NOT_IMPLEMENTED, f"no command {message.cmd}")
+            wires = unpack_params(params) if params else []
+        except MessageError as e:
+            log.debug("vm %s: message refused: %s", guest.vm, e)
+            message.end(e.code, Origin.TEE)
+            shm.memory.write(at, message.pack())
+            return _DONE
+        if message.cmd == _INVOKE and self._at_once is not None:
+            words = self._invoke_at_once(self._at_once, guest, shm, at, message, wires)
+            if words is not None:
+                return words
+        thread = self._thread(guest, shm, at, message, wires)
+        try:
+            begin(self, thread)
         except MessageError as e:
             log.debug("vm %s: message refused: %s", guest.vm, e)
             thread.end(e.code, Origin.TEE)
+        return self._go_on(thread)
+
+    def _invoke_at_once(
+        self, at_once: AtOnce, guest: Guest, shm: Shm, at: int, message: Message, wires: list[Wire]
+    ) -> Words | None:
+        """The answer to an INVOKE that could begin at once. None: nothing has happened, and that takes a thread and a
+        call, be it to refuse it."""
+        session = guest.sessions.get(message.session)
+        if session is None or session.closing:
+            return None
+        params: list[Param] = []
+        if wires:
+            if len(wires) > TEE_PARAMS or any(wire.meta for wire in wires):
+                return None
+            try:
+                params = [to_param(wire, guest.ready) for wire in wires]
+            except MessageError:
+                return None
+        outcome = at_once(session.handle, message.func, params)
+        if outcome is None:
+            return None
+        if isinstance(outcome, tuple):
+            message.end(*outcome)
+            _write_outcome(shm.memory, at, message, wires, params)
+            self.tee.run()
+            return _DONE
+        thread = self._thread(guest, shm, at, message, wires)
+        thread.params = params
+        for wire in wires:
+            if isinstance(wire, Fmem) and not wire.null:
+                thread.hold(guest.shms[wire.handle])
+        call = Invoke(owner=guest, session=session.handle, func=message.func, params=params)
+        self._by_call[call], self._ends[call] = thread, partial(self._ended, thread)
+        thread.call = call
+        outcome.becomes(call)
         return self._go_on(thread)
 
     def _resume(self, guest: Guest, x: Frame) -> Words:
@@ -333,26 +382,27 @@ class OpteePartition(Endpoint):
 
     # -- threads
 
-    def _thread(self, guest: Guest, shm: Shm, at: int) -> Thread:
-        """A thread for the message at an offset. Raises MessageError: it cannot be one, or there are too many."""
+    def _read(self, guest: Guest, shm: Shm, at: int) -> tuple[Message, bytes]:
+        """The message at an offset, and its parameters. Raises MessageError: it cannot be one, or there are too many
+        threads."""
         memory = shm.memory
         if at % 8 or at + HEADER_SIZE > memory.size or memory.read_only:
             raise MessageError(_BAD, f"no message at {at} of {memory.size} bytes")
         message = Message.unpack(memory.read(at, HEADER_SIZE))
         count = message.num_params
-        rpc_at = at + message_size(count)
-        if count > META_PARAMS + TEE_PARAMS or rpc_at + message_size(RPC_PARAMS) > memory.size:
+        end = at + HEADER_SIZE + count * PARAM_SIZE
+        if count > META_PARAMS + TEE_PARAMS or end + _RPC_ARG_SIZE > memory.size:
             raise MessageError(_BAD, f"a message with {count} parameters at {at} of {memory.size} bytes")
         # there is always one for a CANCEL, which ends at once
         full = len(guest.threads) >= self.limits.threads_per_vm or len(self._threads) >= self.limits.threads
         if full and message.cmd != Command.CANCEL:
             raise MessageError(Result.BUSY, "no thread is free")
-        wires = memory.read(at + HEADER_SIZE, count * (message_size(1) - HEADER_SIZE))
-        thread = Thread(next(self._idents) & 0xFFFF_FFFF, guest, shm, at, rpc_at, message, [])
-        try:
-            thread.wires = unpack_params(wires)
-        except MessageError as e:
-            thread.end(e.code, Origin.TEE)
+        return message, memory.read(at + HEADER_SIZE, count * PARAM_SIZE) if count else b""
+
+    def _thread(self, guest: Guest, shm: Shm, at: int, message: Message, wires: list[Wire]) -> Thread:
+        """A thread for the message at an offset."""
+        rpc_at = at + message_size(message.num_params)
+        thread = Thread(next(self._idents) & 0xFFFF_FFFF, guest, shm, at, rpc_at, message, wires)
         thread.hold(shm)
         self._threads[thread.ident] = guest.threads[thread.ident] = thread
         return thread
@@ -372,23 +422,10 @@ class OpteePartition(Endpoint):
             if self._ask(thread, ask):
                 return 0, Yield.RPC_CMD, 0, 0, thread.ident
         if thread.done and thread.then is None:
-            self._write_outcome(thread)
+            _write_outcome(thread.shm.memory, thread.at, thread.message, thread.wires, thread.params, thread.first)
             self._leave(thread)
-            return 0, Yield.DONE
+            return _DONE
         return 0, Yield.INTERRUPT, 0, 0, thread.ident
-
-    def _write_outcome(self, thread: Thread) -> None:
-        memory = thread.shm.memory
-        try:
-            outputs = [_output(wire, param) for wire, param in zip(thread.wires, thread.params, strict=False)]
-        except MessageError as e:
-            log.error("the TEE has given what no message can hold: %s", e)
-            outputs = []
-            thread.end(Result.GENERIC, Origin.TEE)
-        for number, written in enumerate(outputs, thread.first):
-            if written is not None:
-                memory.write(thread.at + message_size(number), written)
-        memory.write(thread.at, thread.message.pack())
 
     def _start(self, call: Call, end: Callable[[Done], None]) -> None:
         self._ends[call] = end
@@ -679,6 +716,27 @@ class OpteePartition(Endpoint):
 
 
 _CANCELLED = frozenset({Command.OPEN_SESSION, Command.INVOKE_COMMAND})
+_REQUESTS = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)
+_INVOKE = int(Command.INVOKE_COMMAND)
+_RPC_ARG_SIZE = message_size(RPC_PARAMS)
+_DONE: Words = (0, int(Yield.DONE))
+
+
+def _write_outcome(
+    memory: Memory, at: int, message: Message, wires: list[Wire], params: list[Param], first: int = 0
+) -> None:
+    """Writes a message back that has ended, with the outputs of its parameters from number ``first`` on."""
+    if params:
+        try:
+            outputs = [_output(wire, param) for wire, param in zip(wires, params, strict=True)]
+        except MessageError as e:
+            log.error("the TEE has given what no message can hold: %s", e)
+            outputs = []
+            message.end(Result.GENERIC, Origin.TEE)
+        for number, written in enumerate(outputs, first):
+            if written is not None:
+                memory.write(at + message_size(number), written)
+    memory.write(at, message.pack())
 
 
 def _output(wire: Wire, param: Param) -> bytes | None:

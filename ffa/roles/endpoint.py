@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame
+from ffa.abi.frame import MASK32, Frame
 from ffa.abi.ids import PAGE_SIZE, VERSION_1_2, Call, Property, fid
 from ffa.abi.messages import NIL
 from ffa.roles.machine import Machine
@@ -132,6 +133,7 @@ class Endpoint:
         return self.call(Call.MEM_RECLAIM, handle & 0xFFFF_FFFF, handle >> 32, flags)
 
 
+_DIRECT_RESP2 = fid(Call.MSG_SEND_DIRECT_RESP2)
 _RESPONSES = {
     fid(Call.MSG_SEND_DIRECT_REQ): fid(Call.MSG_SEND_DIRECT_RESP),
     fid(Call.MSG_SEND_DIRECT_REQ, True): fid(Call.MSG_SEND_DIRECT_RESP, True),
@@ -147,8 +149,12 @@ def response_to(request: int) -> int | None:
 
 def respond(request: Frame, *values: int) -> Frame:
     """The direct response to ``request`` with ``values`` from x3 on (x4 on in a DIRECT_REQ2's, whose x3 is zero)."""
-    function = _RESPONSES[request.fid]
-    swapped = (request[1] & 0xFFFF) << 16 | request[1] >> 16 & 0xFFFF
-    if function == fid(Call.MSG_SEND_DIRECT_RESP2):
+    return _response(_RESPONSES[request[0] & MASK32], request[1] & MASK32, values)
+
+
+@lru_cache(maxsize=256)
+def _response(function: int, ids: int, values: tuple[int, ...]) -> Frame:
+    swapped = (ids & 0xFFFF) << 16 | ids >> 16
+    if function == _DIRECT_RESP2:
         return Frame(function, swapped, 0, 0, *values)
     return Frame(function, swapped, 0, *values)

@@ -17,6 +17,7 @@ from ffa.abi.ids import (
     HANDLE_HYPERVISOR_BIT,
     HYPERVISOR_ID,
     PAGE_SIZE,
+    SECURE_BIT,
     Call,
     Error,
     FfaError,
@@ -34,6 +35,10 @@ from ffa.roles.spmc import ForwardedMap, Spmc
 from ffa.roles.transactions import Handles, Region
 
 _INVALID = Error.INVALID_PARAMETERS
+_DIRECT_REQ2 = fid(Call.MSG_SEND_DIRECT_REQ2)
+_PREEMPTIONS = fid(Call.INTERRUPT), fid(Call.YIELD)
+_SENDS_FIRST, _SENDS_SECOND = Property.DIRECT_REQ_SEND, Property.DIRECT_REQ2_SEND
+_PREEMPTED, _BLOCKED = Context.PREEMPTED, Context.BLOCKED  # members of an enum are slow to find
 _CPUS = 256
 """Calls below that may be open at once."""
 
@@ -174,23 +179,25 @@ class Hypervisor(Manager):
     def direct_request(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """Requests to partitions go below as they are."""
         sender, receiver = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
-        framework = x.fid != fid(Call.MSG_SEND_DIRECT_REQ2) and x[2] & DIRECT_FRAMEWORK_BIT
-        if not is_secure(receiver) or framework or sender != who.id or self.below is None:
+        second = x[0] & MASK32 == _DIRECT_REQ2
+        framework = not second and x[2] & DIRECT_FRAMEWORK_BIT
+        if not receiver & SECURE_BIT or framework or sender != who.id or self.below is None:
             return super().direct_request(who, x, vcpu)
-        wanted = Property.DIRECT_REQ2_SEND if x.fid == fid(Call.MSG_SEND_DIRECT_REQ2) else Property.DIRECT_REQ_SEND
-        if not who.endpoint.properties & wanted:
+        if not who.endpoint.properties & (_SENDS_SECOND if second else _SENDS_FIRST):
             raise FfaError(Error.DENIED, "the caller may not send direct requests")
-        if who.contexts[vcpu] is Context.PREEMPTED:
+        before = who.contexts[vcpu]
+        if before is _PREEMPTED:
             raise FfaError(Error.BUSY)
-        before, who.contexts[vcpu] = who.contexts[vcpu], Context.BLOCKED
+        who.contexts[vcpu] = _BLOCKED
         try:
-            return self._preemptible(who, self.port.send(x, vcpu))
+            answer = self.port.send(x, vcpu)
+            return self._preemptible(who, answer) if answer[0] & MASK32 in _PREEMPTIONS else answer
         finally:
             who.contexts[vcpu] = before
 
     def _preemptible(self, who: Served, answer: Frame) -> Frame:
         """Notes whose request a partition was interrupted in, if it was: nobody else may resume it."""
-        if answer.fid in (fid(Call.INTERRUPT), fid(Call.YIELD)):
+        if answer[0] & MASK32 in _PREEMPTIONS:
             self._preempted[answer[1] >> 16 & 0xFFFF, answer[1] & 0xFFFF] = who.id
         return answer
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from enum import Enum
 
 
-class Rx(Enum):
+class State(Enum):
+    """One of a state machine's states or events. Tables are looked up for each call: members are hashed by identity,
+    which is what they are compared by."""
+
+    __hash__ = object.__hash__
+
+
+class Rx(State):
     """Who may touch an RX buffer."""
 
     EMPTY = "the partition manager"
@@ -14,7 +21,7 @@ class Rx(Enum):
     ACQUIRED = "the hypervisor, which acquired it from the SPMC"
 
 
-class RxEvent(Enum):
+class RxEvent(State):
     """What happens to an RX buffer."""
 
     DELIVER = "the partition manager puts something in"
@@ -30,7 +37,7 @@ RX: Mapping[tuple[Rx, RxEvent], Rx] = {
 }
 
 
-class Context(Enum):
+class Context(State):
     """An execution context (vCPU) of an endpoint, as its partition manager sees it."""
 
     WAITING = "waits for a message"
@@ -39,7 +46,7 @@ class Context(Enum):
     PREEMPTED = "was interrupted, or yielded, in the middle of a request"
 
 
-class ContextEvent(Enum):
+class ContextEvent(State):
     """What happens to an execution context."""
 
     REQUEST = "gets a direct request, or is run"
@@ -61,7 +68,7 @@ CONTEXT: Mapping[tuple[Context, ContextEvent], Context] = {
 }
 
 
-class Borrower(Enum):
+class Borrower(State):
     """A receiver of a memory transaction."""
 
     INVITED = "may retrieve"
@@ -69,7 +76,7 @@ class Borrower(Enum):
     HOLDING = "has access"
 
 
-class BorrowerEvent(Enum):
+class BorrowerEvent(State):
     """What a receiver does."""
 
     RETRIEVE = "retrieves; the answer fits its RX buffer"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from types import MappingProxyType
 from typing import ClassVar
 
 from ffa.abi import messages
@@ -38,7 +38,7 @@ from ffa.abi.ids import (
 )
 from ffa.roles.endpoint import Endpoint, response_to
 from ffa.roles.machine import AccessFaultError, Machine, buffer_of, exclusive
-from ffa.roles.machines import CONTEXT, Context, ContextEvent, Rx
+from ffa.roles.machines import CONTEXT, Context, ContextEvent, Rx, State
 from ffa.roles.mailbox import Mailbox
 from ffa.roles.notifications import Bitmap
 from ffa.roles.profile import Profile
@@ -47,7 +47,7 @@ from ffa.roles.transactions import Region, Transactions
 _INVALID, _DENIED, _BUSY = Error.INVALID_PARAMETERS, Error.DENIED, Error.BUSY
 
 
-class Kind(Enum):
+class Kind(State):
     """Who calls, as a manager sees it."""
 
     VM = "a VM, at its hypervisor"
@@ -75,11 +75,13 @@ class Served:
     framework: int = 0  #: pending framework notifications
     pages: dict[int, int] = field(default_factory=dict)  #: permissions that an S-EL0 partition has set
     message: tuple[int, int, int] | None = None  #: FFA_MSG_SEND's w1, w3, w4 for who polls or waits
+    ways: dict[int, tuple[str | None, bool, int]] = field(default_factory=dict)
+    """Functions that it has called → the method that answers, whether this is the SMC64 form, the first register that
+    must be zero: what the manager's table, profile and the agreed version come to."""
+    id: int = field(init=False)  #: the endpoint's
 
-    @property
-    def id(self) -> int:
-        """The endpoint's id."""
-        return self.endpoint.id
+    def __post_init__(self) -> None:
+        self.id = self.endpoint.id
 
     def buffers(self) -> Mailbox:
         """Its mailbox. Raises FfaError: DENIED, it has mapped none."""
@@ -167,9 +169,9 @@ class Manager:
     def __init__(self, id: int, machine: Machine, profile: Profile, handles: Callable[[], int]) -> None:
         self.id = id
         self.machine = machine
-        self.profile = profile
         self.served: dict[int, Served] = {}
-        self.handlers = dict(HANDLERS)
+        self.profile = profile
+        self.handlers = HANDLERS
         self.transactions = Transactions(machine, profile, handles, self.speaks_for, self.may_receive)
         self.console: deque[tuple[int, str]] = deque(maxlen=CONSOLE_LINES)
 
@@ -202,26 +204,61 @@ class Manager:
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
         """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers."""
         who = self.served.get(caller)
-        found = BY_FID.get(frame.fid)
-        if who is None or found is None:
+        if who is None:
             return Frame.failure(Error.NOT_SUPPORTED)
-        function, smc64 = found
-        who.settled |= function.call is not Call.VERSION
-        handler = self._handler(who, function, smc64)
-        if handler is None or handler.method is None:
+        method, smc64, zero_from = who.ways.get(frame[0] & MASK32) or self._way(who, frame.fid)
+        if method is None:
             return Frame.failure(Error.NOT_SUPPORTED)
         arguments = frame if smc64 else frame.narrow
-        if any(arguments[handler.zero_from : 8]):
+        if zero_from < 8 and any(arguments[zero_from:8]):
             return Frame.failure(_INVALID)
         try:
-            answer: Frame = getattr(self, handler.method)(who, arguments, vcpu if 0 <= vcpu < len(who.contexts) else 0)
+            answer: Frame = getattr(self, method)(who, arguments, vcpu if 0 <= vcpu < len(who.contexts) else 0)
         except FfaError as e:
             return Frame.failure(e.code)
         return answer
 
+    def _way(self, who: Served, function_id: int) -> tuple[str | None, bool, int]:
+        """How a call is answered, found out once for each function but FFA_VERSION, which may change it."""
+        found = BY_FID.get(function_id)
+        if found is None:
+            return _NO_WAY
+        function, smc64 = found
+        handler = self._handler(who, function, smc64)
+        way = _NO_WAY if handler is None else (handler.method, smc64, handler.zero_from)
+        if function.call is not Call.VERSION:
+            who.settled = True
+            who.ways[function_id] = way
+        return way
+
+    @property
+    def handlers(self) -> Mapping[Call, Handler]:
+        """Function → how this manager answers it. Set another table to change it."""
+        return self._handlers
+
+    @handlers.setter
+    def handlers(self, table: Mapping[Call, Handler]) -> None:
+        self._handlers = MappingProxyType(dict(table))
+        self._forget_ways()
+
+    @property
+    def profile(self) -> Profile:
+        """What this manager implements."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile) -> None:
+        self._profile = profile
+        self._forget_ways()
+
+    def _forget_ways(self) -> None:
+        for who in self.served.values():
+            who.ways.clear()
+
     def _handler(self, who: Served, function: Function, smc64: bool) -> Handler | None:
-        handler = self.handlers.get(function.call)
-        missing = function.call in self.profile.missing or function.since > self.profile.version
+        call, profile = function.call, self.profile
+        handler = self.handlers.get(call)
+        missing = call in profile.missing or function.since > profile.version
         if handler is None or missing or who.kind not in handler.callers or not function.exists(who.version, smc64):
             return None
         return handler
@@ -238,6 +275,7 @@ class Manager:
         if who.settled and not self.profile.version_change and agreed != who.version:
             return Frame(Error.NOT_SUPPORTED & MASK32)
         who.version = agreed
+        who.ways.clear()
         return Frame(ours)
 
     def features(self, who: Served, x: Frame, vcpu: int) -> Frame:
@@ -403,33 +441,32 @@ class Manager:
     def direct_request(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """FFA_MSG_SEND_DIRECT_REQ and _REQ2."""
         sender, receiver = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
-        second = x.fid == fid(Call.MSG_SEND_DIRECT_REQ2)
-        if not second and x[2] & DIRECT_FRAMEWORK_BIT:
-            raise FfaError(_INVALID, "framework messages are for partition managers")
-        if not second and x[2] & MASK32:
-            raise FfaError(_INVALID)
+        if x[2] and not _is_second(x):
+            if x[2] & DIRECT_FRAMEWORK_BIT:
+                raise FfaError(_INVALID, "framework messages are for partition managers")
+            if x[2] & MASK32:
+                raise FfaError(_INVALID)
         if not self.speaks_for(who.id, sender) or sender == receiver:
             raise FfaError(_INVALID)
         return self.ask(who, receiver, x, vcpu)
 
     def ask(self, who: Served, receiver: int, x: Frame, vcpu: int) -> Frame:
         """Runs an endpoint of this manager's own with a direct request. Raises FfaError."""
-        to = self.served.get(receiver)
-        if to is None or to.kind is not self.kind or to.version < (VERSION_1_2 if _is_second(x) else 0):
+        to, second = self.served.get(receiver), _is_second(x)
+        if to is None or to.kind is not self.kind or (second and to.version < VERSION_1_2):
             raise FfaError(_INVALID, f"no endpoint {receiver:#x}")
-        uuid = messages.uuid_from_halves(x[2], x[3]) if _is_second(x) else messages.NIL
-        if uuid not in (messages.NIL, to.endpoint.uuid):
+        if second and messages.uuid_from_halves(x[2], x[3]) not in (messages.NIL, to.endpoint.uuid):
             raise FfaError(_INVALID, "the endpoint has no such service")
-        wanted = Property.DIRECT_REQ2_RECV if _is_second(x) else Property.DIRECT_REQ_RECV
-        if not to.endpoint.properties & wanted:
+        takes, sends = _PROPERTIES_OF_SECOND if second else _PROPERTIES_OF_FIRST
+        if not to.endpoint.properties & takes:
             raise FfaError(_DENIED, "the endpoint takes no direct requests")
-        if who.kind is self.kind and not who.endpoint.properties & _SEND_OF[wanted]:
+        if who.kind is self.kind and not who.endpoint.properties & sends:
             raise FfaError(_DENIED, "the caller may not send direct requests")
         target = vcpu % len(to.contexts)
-        if who.contexts[vcpu] is Context.PREEMPTED or not to.step(target, ContextEvent.REQUEST):
-            raise FfaError(_BUSY)
         before = who.contexts[vcpu]
-        who.contexts[vcpu] = Context.BLOCKED
+        if before is _PREEMPTED or not to.step(target, _REQUEST):
+            raise FfaError(_BUSY)
+        who.contexts[vcpu] = _BLOCKED
         to.requests[target] = (x[1] >> 16 & 0xFFFF, x)
         try:
             return self._run(to, target, x)
@@ -439,19 +476,19 @@ class Manager:
     def _run(self, to: Served, vcpu: int, x: Frame) -> Frame:
         """Gives an endpoint's context, now RUNNING, the processor; what its caller gets back."""
         answer = to.endpoint.receive(x, vcpu)
-        function = answer.fid
+        function = answer[0] & MASK32
         asked = to.requests.get(vcpu)
         if function in (_INTERRUPT, _YIELD):
             to.step(vcpu, ContextEvent.PREEMPT)
             return Frame(function, to.id << 16 | vcpu)
-        if asked is not None and function == response_to(asked[1].fid):
+        if asked is not None and function == response_to(asked[1][0] & MASK32):
             request = asked[1]
             if answer[1] & MASK32 == (request[1] & 0xFFFF) << 16 | request[1] >> 16 & 0xFFFF:
                 del to.requests[vcpu]
-                to.step(vcpu, ContextEvent.RESPOND)
+                to.step(vcpu, _RESPOND)
                 return answer if function & SMC64_BIT else answer.narrow
         to.requests.pop(vcpu, None)
-        to.step(vcpu, ContextEvent.RESPOND)
+        to.step(vcpu, _RESPOND)
         if function == _WAIT and asked is None:
             return Frame(function, to.id << 16 | vcpu)
         return Frame.failure(Error.ABORTED)  # the endpoint did what ends no request
@@ -871,14 +908,16 @@ class Manager:
 
 
 _INTERRUPT, _YIELD, _WAIT = fid(Call.INTERRUPT), fid(Call.YIELD), fid(Call.MSG_WAIT)
-_SEND_OF = {
-    Property.DIRECT_REQ_RECV: Property.DIRECT_REQ_SEND,
-    Property.DIRECT_REQ2_RECV: Property.DIRECT_REQ2_SEND,
-}
+_PROPERTIES_OF_FIRST = Property.DIRECT_REQ_RECV, Property.DIRECT_REQ_SEND
+_PROPERTIES_OF_SECOND = Property.DIRECT_REQ2_RECV, Property.DIRECT_REQ2_SEND
+_PREEMPTED, _BLOCKED = Context.PREEMPTED, Context.BLOCKED  # members of an enum are slow to find
+_REQUEST, _RESPOND = ContextEvent.REQUEST, ContextEvent.RESPOND
+_NO_WAY = (None, False, 8)
+_DIRECT_REQ2 = fid(Call.MSG_SEND_DIRECT_REQ2)
 
 
 def _is_second(x: Frame) -> bool:
-    return x.fid == fid(Call.MSG_SEND_DIRECT_REQ2)
+    return x[0] & MASK32 == _DIRECT_REQ2
 
 
 def _bitmap(to: Served, sender: int) -> Bitmap:

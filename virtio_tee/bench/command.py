@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections import defaultdict
@@ -16,6 +15,7 @@ from typing import Any
 import click
 
 from virtio_tee.bench import peers
+from virtio_tee.bench.machine import BUSY, machine
 from virtio_tee.bench.peers import Backend, BenchError, DirectTee
 from virtio_tee.bench.plan import (
     BLOCK,
@@ -41,11 +41,12 @@ from virtio_tee.lazy import LazyGroup
 TRIES = 3
 """… for a steady run, after which the steadiest counts."""
 
-BUSY = 0.7
-"""A load average that something else than the bench makes."""
+
+MORE = {"scale": "virtio_tee.bench.scale:scale", "ffa": "virtio_tee.bench.ffa:ffa"}
+"""Other benches: name → where the click command is."""
 
 
-@click.group(cls=LazyGroup, where={"scale": "virtio_tee.bench.scale:scale"}, invoke_without_command=True)
+@click.group(cls=LazyGroup, where=MORE, invoke_without_command=True)
 @click.option("--check", is_flag=True, help="Exit with 1 if a figure misses its bound.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
@@ -126,12 +127,7 @@ def _measure(stack: ExitStack, queues: list[str], rounds: int, seconds: float) -
         copied=_copied(program, queues[0], folder, seconds),
     )
     return {
-        "machine": {
-            "arch": platform.machine(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            "load": os.getloadavg()[0],
-        },
+        "machine": machine(os.getloadavg()[0]),
         "rounds": rounds,
         "queues": queues,
         "runs": as_runs(results),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections import defaultdict
@@ -16,14 +15,12 @@ from typing import Any
 
 import click
 
+from virtio_tee.bench.machine import BUSY, machine
 from virtio_tee.bench.peers import BenchError
 from virtio_tee.bench.scale_life import Hashing, connects, start
 from virtio_tee.bench.scale_load import Sites, comparisons
 from virtio_tee.bench.scale_plan import GOALS, Results
 from virtio_tee.bench.served import Served
-
-BUSY = 0.7
-"""A load average that something else than the bench makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def scale(check: bool, as_json: bool, rounds: int, seconds: float, quick: bool) 
         os.sched_setaffinity(0, cpus)
     figures = [goal.judge(results) for goal in GOALS]
     if as_json:
-        click.echo(json.dumps({"machine": _machine(load), "sizes": asdict(sizes), "figures": figures}))
+        click.echo(json.dumps({"machine": machine(load), "sizes": asdict(sizes), "figures": figures}))
     else:
         _show(figures)
     missed = [figure["name"] for figure in figures if not figure["pass"]]
@@ -108,15 +105,6 @@ def _measure(folder: Path, cpu: int, sizes: Sizes) -> Results:
     finally:
         served.end()
     return results
-
-
-def _machine(load: float) -> dict[str, Any]:
-    return {
-        "arch": platform.machine(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": load,
-    }
 
 
 def _say(text: str) -> None:

@@ -63,6 +63,7 @@ def test_frames_keep_what_they_are_given(values: list[int]) -> None:
     assert list(frame[: len(values)]) == values
     assert not any(frame[len(values) :])
     assert frame.narrow == tuple(value & 0xFFFFFFFF for value in frame)
+    assert frame.narrow.narrow == frame.narrow
     assert frame == Frame(*frame)
 
 

@@ -10,7 +10,7 @@ import pytest
 from ffa.abi.frame import Frame
 from ffa.abi.ids import Call as Ffa
 from ffa.abi.ids import fid
-from ffa.optee.client import FfaTeeDriver
+from ffa.optee.client import LOOK_S, POLL_S, FfaTeeDriver
 from ffa.optee.guests import Limits
 from ffa.roles.endpoint import Endpoint, respond
 from ffa.roles.hypervisor import Hypervisor
@@ -30,7 +30,7 @@ from tee.calls import (
 from tee.driver import Done, Notification, RpcWithdrawn
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Value
-from tee.results import Result, TeeError
+from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
 from tee.soft import examples
 from tests.ffa.optee.bench import Driven, Path, soft_tee
@@ -224,6 +224,205 @@ def test_too_little_memory_and_a_cancel_while_memory_is_lent() -> None:
         assert path.partition.usage() == {"threads": 0, "sessions": 0, "regions": pages, "lent": 0}
 
 
+WELL = (Result.SUCCESS, Origin.TRUSTED_APP)
+
+
+def test_at_once() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, context = driven.driver, driven.context()
+    session, memory = driven.session(context, PROBE), driver.allocate(5000)
+    assert driven.call(RegisterMemory(context=context, memory=memory)).code == Result.SUCCESS
+    before = path.tee.usage()
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+    values = [Value(Direction.IN, 2), Value(Direction.OUT), Value(Direction.INOUT, 4, 5)]
+    assert driver.invoke_at_once(session, 1, values) == WELL
+    assert [(v.a, v.b, v.c) for v in values[1:]] == [(0, 0, 2), (4, 5, 9)]
+    for _ in range(2):  # the partition registers it with the TEE, and then knows it
+        assert driver.invoke_at_once(session, 3, [MemRef(Direction.INOUT, memory, 0, 5000)]) == WELL
+    assert (memory.read(0, 1), memory.read(4096, 1)) == (b"\2", b"\2")
+    data = temporary(b"abc")
+    assert driver.invoke_at_once(session, 2, [data, Value(Direction.IN, 1)]) == WELL
+    assert data.memory is not None
+    assert data.memory.read(0, 3) == b"`cb"
+    room = temporary(bytes(4), Direction.OUT)
+    outcome = driver.invoke_at_once(session, 5, [room, Value(Direction.IN, 9)])
+    assert (outcome, room.size) == ((Result.SHORT_BUFFER, Origin.TRUSTED_APP), 9)
+    driven.run()
+    assert driven.events == []
+    assert path.partition.usage()["threads"] == driver.usage()["calls"] == 0
+    assert path.tee.usage() == {**before, "registrations": 1}
+    assert path.partition.usage()["regions"] == len(path.hypervisor.transactions.regions)
+
+
+def test_what_is_begun_at_once_and_waits() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, session = driven.driver, driven.session(driven.context(), PROBE)
+    params = [Value(Direction.IN, 0)]
+    begun = driver.invoke_at_once(session, 4, params)
+    assert begun is not None
+    assert not isinstance(begun, tuple)
+    call = Invoke(session=session, func=4, params=params)
+    begun.becomes(call)
+    driven.run(5)
+    assert driver.usage()["calls"] == path.partition.usage()["threads"] == 1
+    assert driver.invoke_at_once(session, 0, ()) is None  # others have their turn
+    driver.cancel(call)
+    assert driven.end_of(call).code == Result.CANCEL
+    assert driver.usage()["calls"] == path.partition.usage()["threads"] == 0
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+
+
+def test_what_does_not_begin_at_once() -> None:
+    path = Path(vms=2, limits=Limits(threads_per_vm=1))
+    driven, other = path.driver(), path.driver(1)
+    driver, context = driven.driver, driven.context()
+    session, theirs = (d.session(c, PROBE) for d, c in ((driven, context), (other, other.context())))
+    for handle, func, params in (
+        (theirs, 0, []),
+        (None, 0, []),
+        (context, 0, []),
+        (session, 1 << 32, []),
+        (session, -1, []),
+        (session, 1, [Value(Direction.IN)] * 5),
+        (session, 1, [Value(Direction.IN, 1 << 64)]),
+        (session, 3, [temporary(bytes(9 << 20))]),
+        (session, 3, [MemRef(Direction.IN, Memory.of(bytearray(5)), 3, 3)]),
+    ):
+        assert driver.invoke_at_once(handle, func, params) is None
+    busy = driven.session(context, PROBE)
+    waits = Invoke(session=busy, func=4, params=[Value(Direction.IN, 0)])
+    begun = driver.invoke_at_once(busy, 4, waits.params)
+    assert begun is not None
+    assert not isinstance(begun, tuple)
+    begun.becomes(waits)
+    driver._runnable.clear()  # as if nothing waited in this VM: the partition has no thread left all the same
+    assert driver.invoke_at_once(session, 0, ()) is None
+    driver._runnable.append(driver._flights[waits])
+    driver.cancel(waits)
+    assert driven.end_of(waits).code == Result.CANCEL
+    assert driven.call(CloseSession(session=session)).code == Result.SUCCESS
+    assert driver.invoke_at_once(session, 0, ()) is None
+    driver.close()
+    assert driver.invoke_at_once(busy, 0, ()) is None
+
+
+def begin(driver: FfaTeeDriver, call: Invoke) -> None:
+    """Begins a call at once that waits."""
+    begun = driver.invoke_at_once(call.session, call.func, call.params)
+    assert begun is not None
+    assert not isinstance(begun, tuple)
+    begun.becomes(call)
+
+
+def test_what_waits_brings_its_outputs_and_ends_with_its_context() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, context = driven.driver, driven.context()
+    session, memory = driven.session(context, PROBE), driver.allocate(100)
+    assert driven.call(RegisterMemory(context=context, memory=memory)).code == Result.SUCCESS
+    assert driver.invoke_at_once(session, 3, [MemRef(Direction.INOUT, memory, 0, 10)]) == WELL
+    memory.write(0, b"\1")
+    held = Value(Direction.INOUT, 1)
+    call = Invoke(session=session, func=8, params=[MemRef(Direction.INOUT, memory, 0, 10), held])
+    begin(driver, call)
+    memory.write(0, b"\2")
+    assert driven.end_of(call).code == Result.SUCCESS
+    assert (held.a, held.b) == (1, 2)  # what it saw before it waited, and after
+    begin(driver, Invoke(session=session, func=4, params=[Value(Direction.IN, 0)]))
+    assert driven.call(CloseContext(context=context)).code == Result.SUCCESS
+    assert [e.code for e in driven.events if isinstance(e, Done)] == [Result.CANCEL]
+    driver.close()
+    assert not path.hypervisor.transactions.regions
+
+
+def test_nonsense_in_answer_to_what_begins_at_once() -> None:
+    path = Path()
+    driven = path.driver()
+    driver, session = driven.driver, driven.session(driven.context(), PROBE)
+    regions, honest = path.hypervisor.transactions.regions, path.partition.receive
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+    before = len(regions)
+    refused = [temporary(b"abc"), Value(Direction.IN, 1 << 64)]
+    assert driver.invoke_at_once(session, 2, refused) is None
+    driven.run()
+    assert len(regions) == before  # the first one's copy is shared no more
+
+    def answer(*words: int) -> None:
+        path.partition.receive = lambda frame, vcpu: respond(frame, *words)  # type: ignore[method-assign]
+
+    answer(0, 7)
+    call = Invoke(session=session, func=0)
+    begin(driver, call)
+    done = driven.end_of(call)
+    assert (done.code, done.may_have_run) == (Result.COMMUNICATION, True)
+    for words in ((Result.GENERIC,), (0xFFFF_0000, 0, 0, 0, 0)):
+        answer(*words)
+        assert driver.invoke_at_once(session, 0, ()) == (Result.COMMUNICATION, Origin.COMMS)
+    path.partition.receive = lambda frame, vcpu: Frame.of(Ffa.MSG_WAIT)  # type: ignore[method-assign]
+    assert driver.invoke_at_once(session, 0, ()) == (Result.COMMUNICATION, Origin.COMMS)
+
+    def other_types(frame: Frame, vcpu: int) -> Frame:
+        found = honest(frame, vcpu)
+        for at in range(0x2000, 0x6000, 0x1000):  # a message's first parameter: of no type now
+            path.guests[0].memory[at + 32] = 0
+        return found
+
+    path.partition.receive = other_types  # type: ignore[method-assign]
+    value = Value(Direction.OUT)
+    params = [Value(Direction.IN, 2), value, Value(Direction.INOUT, 4, 5)]
+    call = Invoke(session=session, func=1, params=params)
+    begin(driver, call)
+    done = driven.end_of(call)
+    assert (done.code, done.may_have_run) == (Result.COMMUNICATION, True)
+    assert value == Value(Direction.OUT)
+    path.partition.receive = honest  # type: ignore[method-assign]
+    driven.run()
+    assert len(regions) == 0  # no page of a call that may still run is used again
+    assert driver.invoke_at_once(session, 0, ()) == WELL
+
+
+class Clock:
+    """Seconds, as a test sets them."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_how_often_it_looks_for_notifications() -> None:
+    """Not more than once a millisecond, however many calls there are; once more soon after the last of them."""
+    path, clock = Path(), Clock()
+    guest = path.guests[0]
+    driver = FfaTeeDriver(guest.endpoint, guest.arena(), clock=clock)
+    driven = Driven(driver)
+    session = driven.session(driven.context(), PROBE)
+    looks: list[float] = []
+    honest = path.hypervisor.notification_get
+
+    def look(*arguments: Any) -> Frame:
+        looks.append(clock.now)
+        return honest(*arguments)
+
+    path.hypervisor.notification_get = look  # type: ignore[method-assign]
+    for _ in range(100):
+        clock.now += LOOK_S / 10
+        assert driven.call(Invoke(session=session, func=0)).code == Result.SUCCESS
+    assert 9 <= len(looks) <= 11
+    left = driver.run()
+    while left == 0:
+        left = driver.run()
+    assert left is not None
+    assert left <= LOOK_S * 1.001
+    clock.now += LOOK_S
+    del looks[:]
+    assert driver.run() == POLL_S
+    assert len(looks) == 1
+
+
 def test_no_partition() -> None:
     machine = Machine()
     hypervisor, vm = Hypervisor(machine), Endpoint(1, machine)
@@ -301,8 +500,16 @@ def test_a_partition_that_lies(seed: int) -> None:
                 CloseContext(context=context),
             ]
         )
+        begun = None
+        if isinstance(call, Invoke) and rng.random() < 0.5:
+            begun = driver.invoke_at_once(call.session, call.func, call.params)
+            if isinstance(begun, tuple):
+                continue  # it has ended, and that was all
         started.append(call)
-        driver.start(call)
+        if begun is None:
+            driver.start(call)
+        else:
+            begun.becomes(call)
         if rng.random() < 0.2:
             driver.cancel(call)
         run()

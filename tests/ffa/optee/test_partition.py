@@ -26,8 +26,10 @@ from ffa.optee.msg import (
     unpack_params,
     uuid_words,
 )
+from ffa.optee.partition import _write_outcome
 from ffa.roles.endpoint import Endpoint
 from tee import package
+from tee.memory import Memory
 from tee.params import Direction, Value
 from tee.results import Origin, Result
 from tee.rpc import RpcCommand
@@ -355,3 +357,12 @@ def test_random_calls(seed: int) -> None:
 def test_other_frames(path: Path) -> None:
     for frame in (Frame.of(Call.RUN), Frame.of(Call.INTERRUPT), Frame(0)):
         assert path.partition.receive(frame, 0).fid == fid(Call.MSG_WAIT)
+
+
+def test_an_output_that_no_message_can_hold() -> None:
+    memory, message = Memory.of(bytearray(128)), Message(Command.INVOKE_COMMAND, num_params=1)
+    message.end(Result.SUCCESS, Origin.TRUSTED_APP)
+    _write_outcome(memory, 0, message, [Value(Direction.OUT)], [Value(Direction.OUT, 1 << 64)])
+    written = Message.unpack(memory.read(0, 32))
+    assert (written.ret, written.ret_origin) == (Result.GENERIC, Origin.TEE)
+    assert memory.read(32, 96) == bytes(96)

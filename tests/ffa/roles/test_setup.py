@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -12,7 +13,7 @@ from ffa.abi.ids import BY_FID, VERSION_1_0, VERSION_1_1, VERSION_1_2, Call, Err
 from ffa.roles.endpoint import Endpoint
 from ffa.roles.hypervisor import Hypervisor
 from ffa.roles.machine import POISON, Machine
-from ffa.roles.profile import OPTEE_4_10
+from ffa.roles.profile import FULL, OPTEE_4_10
 from ffa.roles.spmc import Spmc
 
 from .conftest import Bench
@@ -290,3 +291,24 @@ def test_ids_are_taken_once_and_are_of_the_right_world() -> None:
 def test_an_endpoint_without_a_manager_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"manager\.add"):
         Endpoint(1, Machine()).call(Call.ID_GET)
+
+
+def test_what_a_manager_is_told_later_counts() -> None:
+    """How a call is answered is found once: not for longer than table, profile and version stay."""
+    machine = Machine()
+    hypervisor, vm = Hypervisor(machine, profile=replace(FULL, version_change=True)), Endpoint(1, machine)
+    hypervisor.add(vm)
+    assert vm.call(Call.VERSION, VERSION_1_2)[0] == VERSION_1_2
+    console = Frame.of(Call.CONSOLE_LOG, 1, 0x41)
+    assert vm.send(console).ok
+    assert vm.call(Call.VERSION, VERSION_1_1)[0] == VERSION_1_2
+    assert vm.send(console).error is Error.NOT_SUPPORTED
+    assert vm.call(Call.VERSION, VERSION_1_2)[0] == VERSION_1_2
+    assert vm.send(console).ok
+    hypervisor.profile = replace(hypervisor.profile, missing=frozenset({Call.CONSOLE_LOG}))
+    assert vm.send(console).error is Error.NOT_SUPPORTED
+    assert vm.call(Call.ID_GET).ok
+    hypervisor.handlers = {call: h for call, h in hypervisor.handlers.items() if call is not Call.ID_GET}
+    assert vm.call(Call.ID_GET).error is Error.NOT_SUPPORTED
+    with pytest.raises(TypeError):
+        hypervisor.handlers[Call.ID_GET] = hypervisor.handlers[Call.VERSION]  # type: ignore[index]
