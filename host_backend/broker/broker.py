@@ -44,7 +44,7 @@ class Policy:
     fs_vm: str = ""
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """The broker ends."""
 
 
@@ -110,7 +110,7 @@ class Broker:
         }
         for connection in list(self._connections.values()):
             connection.read()  # they tell of a call before it enters the TEE
-        with trio.move_on_after(self._policy.deadline_s), suppress(_Ended):
+        with trio.move_on_after(self._policy.deadline_s), suppress(_EndedError):
             return await routes[ROUTES[rpc.command]](rpc)
         why = "no guest has answered in time" if self._token is not None else "the broker ends"
         self._refused(rpc, why, Result.COMMUNICATION)
@@ -236,7 +236,7 @@ class Broker:
         try:
             answer = await connection.ask(flight, rpc.command, rpc.params, self._policy.guest_s)
             if self._token is None:
-                raise _Ended
+                raise _EndedError
             if answer is None:
                 self._recorder.rpc_ended(vm, rpc, rpc.command, "nobody: no answer in time", Result.COMMUNICATION)
                 return None

@@ -59,7 +59,7 @@ HOST_FOLDER = Choice(None, "no guest has it")
 
 
 class TaPairs:
-    """The TEE asks for a TA twice, for its size and for the bytes: who has told the one is asked first for the other."""
+    """The TEE asks for a TA twice, for its size and for the bytes: who has told the one is asked for the other."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -128,5 +128,5 @@ def test_when_the_call_ends_under_it() -> None:
     "params", [[WireParam(5, 0, 4, content=b"abc")], [WireParam(7, 0, 1)], [WireParam(6, 0, 1 << 40)]]
 )
 def test_what_makes_no_sense(params: list[WireParam]) -> None:
-    with pytest.raises(ValueError, match="bytes in one RPC|not as long"):
+    with pytest.raises(ValueError, match=r"bytes in one RPC|not as long"):
         errand(*params)

@@ -1,4 +1,4 @@
-"""A broker with backends that attach over real sockets and answer as a script says, and a TEE that is a function call."""
+"""A broker with backends that attach over real sockets and answer as a script says; the TEE is a function call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from uuid import UUID
 
 import trio
 
-from host_backend.broker.broker import Broker
+from host_backend.broker.broker import Broker, Policy
 from host_backend.broker.routes import Sole
-from host_backend.broker.broker import Policy
 from host_backend.broker.server import serve
 from host_backend.trace import Recorder
 from pyvhost.io.sockets import Listener
