@@ -1,7 +1,7 @@
 """A backend's connection to the host's supplicant broker (:mod:`tee.courier`): it is made again whenever it is lost.
 
-Two threads: one that connects and reads, one that sends answers, which may be large. What calls begin and end is sent
-by whoever calls, so that the broker can have read it before the TEE sees the call.
+Two threads: one that connects and reads, one that sends answers, which may be large. That a call begins is sent by
+whoever makes it, so that the broker can have read it before the TEE sees the call.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class BrokerLink:
         self._calls: dict[int, Begins] = {}
         self._socket: socket.socket | None = None
         self._came: deque[Ask | Withdraw | Lost] = deque()
-        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._later: queue.SimpleQueue[Answer | Ends | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._ready = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=f"broker-{name}", daemon=True)
-            for name, target in (("link", self._keep), ("answers", self._send_answers))
+            for name, target in (("link", self._keep), ("writer", self._send_later))
         ]
         for thread in self._threads:
             thread.start()
@@ -58,7 +58,7 @@ class BrokerLink:
     def close(self) -> None:
         """End the connection, for good."""
         self._closed.set()
-        self._answers.put(None)
+        self._later.put(None)
         with self._lock:
             self._drop()
 
@@ -67,20 +67,19 @@ class BrokerLink:
         return self._ready.wait(timeout)
 
     def begins(self, begins: Begins) -> None:
-        """The call is about to enter the TEE."""
+        """The call is about to enter the TEE. Blocks until that is sent; no longer than SEND_TIMEOUT_S, or as long as
+        a large answer takes."""
         with self._lock:
             self._calls[begins.call] = begins
             self._send(begins)
 
     def ends(self, call: int) -> None:
-        """It has come back."""
-        with self._lock:
-            if self._calls.pop(call, None) is not None:
-                self._send(Ends(call))
+        """It has come back. Does not block."""
+        self._later.put(Ends(call))
 
     def answer(self, answer: Answer) -> None:
         """Answer what was taken. Goes nowhere where the connection was lost since."""
-        self._answers.put(answer)
+        self._later.put(answer)
 
     def take(self) -> Ask | Withdraw | Lost | None:
         """What has come next, or None."""
@@ -98,10 +97,11 @@ class BrokerLink:
             log.warning("the broker at %s is not reached any more: %s", self.path, error)
             self._drop()
 
-    def _send_answers(self) -> None:
-        while (answer := self._answers.get()) is not None:
+    def _send_later(self) -> None:
+        while (message := self._later.get()) is not None:
             with self._lock:
-                self._send(answer)
+                if not isinstance(message, Ends) or self._calls.pop(message.call, None) is not None:
+                    self._send(message)
 
     def _drop(self) -> None:
         """With the lock. The reader sees it."""
