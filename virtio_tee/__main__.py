@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "virtio_tee.demo:demo",
     "guest": "virtio_tee.guest:guest",
     "supplicant": "virtio_tee.supplicant:supplicant",
+    "broker": "virtio_tee.broker:broker",
     "ta": "virtio_tee.ta:ta",
     "decode": "virtio_tee.cli_decode:decode",
     "ffa": "virtio_tee.ffa:ffa",

@@ -1,13 +1,15 @@
 """A supplicant for a Linux TEE device: takes requests from ``/dev/teeprivN`` and has a :class:`RpcServer` answer them.
 
 The kernel names memory by the id of shared memory that this supplicant has allocated; everything else is as in
-:mod:`tee.rpc`. Requests are served one after another. Like OP-TEE's supplicant, this one says that it could answer them
-in any order, by a META parameter in front of the others, which names the request.
+:mod:`tee.rpc`. Like OP-TEE's supplicant, this one says that it answers requests in any order, by a META parameter in
+front of the others, which names the request: so several threads can each serve one.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import threading
 from collections.abc import Callable
 
 from tee.io.linux import LinuxTee, RawParam, Shm
@@ -18,9 +20,12 @@ from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Result
 from tee.rpc import Rpc, RpcCommand, RpcReply
 
+log = logging.getLogger(__name__)
+
 #: Parameters of the largest request that is taken.
 ROOM = 8
 
+_GONE = (errno.ENODEV, errno.EBADF)
 _VALUES = {ParamType.VALUE_IN: Direction.IN, ParamType.VALUE_OUT: Direction.OUT, ParamType.VALUE_INOUT: Direction.INOUT}
 _MEMREFS = {
     ParamType.MEMREF_IN: Direction.IN,
@@ -80,19 +85,38 @@ class LinuxSupplicant:
         """Give up the device."""
         self._device.close()
 
-    def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until the device has gone. ``ready`` is called before the first request is waited for."""
+    def run(self, ready: Callable[[], None] = lambda: None, *, threads: int = 1) -> None:
+        """Serve until the device has gone. ``ready`` is called before the first request is waited for.
+
+        With several ``threads`` (which needs META) as many requests are served at a time; the server is called by all
+        of them. It takes one for each RPC that may wait, or others wait behind it.
+        """
+        if threads > 1 and not self._meta:
+            raise ValueError("without META, requests are answered one after the other")
         ready()
+        others = [threading.Thread(target=self._run, name=f"supplicant-{i}", daemon=True) for i in range(1, threads)]
+        for thread in others:
+            thread.start()
+        self._run()
+        for thread in others:
+            thread.join()
+
+    def _run(self) -> None:
         room: list[RawParam] = [(ATTR_META, 0, 0, 0)] * self._meta + [(ParamType.NONE, 0, 0, 0)] * ROOM
         while True:
             try:
                 command, params = self._device.receive(room)
             except OSError as error:
-                if error.errno in (errno.ENODEV, errno.EBADF):
+                if error.errno in _GONE:
                     return
                 raise
             code, answer = self._serve(command, params[self._meta :])
-            self._device.send(code, [*params[: self._meta], *answer])
+            try:
+                self._device.send(code, [*params[: self._meta], *answer])
+            except OSError as error:
+                if error.errno in _GONE:
+                    return
+                log.info("nobody waits for an answer any more: %s", error)  # its caller was killed
 
     def _serve(self, command: int, raw: list[RawParam]) -> tuple[int, list[RawParam]]:
         """The code and the parameters to answer with."""
