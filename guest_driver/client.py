@@ -408,6 +408,7 @@ class _Client:
     def __init__(self, context: Context, handler: Handler) -> None:
         self._context = context
         self._handler = handler
+        self.context = context.handle
 
     def call(self, function: int, rpc: Rpc) -> int:
         return run(self._handler, function, rpc.params[1:])

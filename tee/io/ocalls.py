@@ -23,6 +23,10 @@ MAX_PIECES = 64
 class OcallServer(Protocol):
     """A client, as its TAs' calls see it. Any thread calls it, several at a time."""
 
+    @property
+    def context(self) -> object:
+        """The driver's context, in which it has made its call."""
+
     def call(self, function: int, rpc: Rpc) -> int:
         """Run ``function`` with ``rpc.params[1:]``, into which results go; its result code. TeeError is one, too."""
 
@@ -37,6 +41,7 @@ class Ocalls:
     """Those of one call. Any thread."""
 
     def __init__(self, server: OcallServer) -> None:
+        self.context = server.context
         self._server = server
         self._lent: dict[int, Memory] = {}
         self._bytes = 0

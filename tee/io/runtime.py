@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from tee.calls import Call, CloseContext, OpenContext, RegisterMemory, UnregisterMemory
+from tee.calls import Call, CloseContext, CloseSession, OpenContext, RegisterMemory, UnregisterMemory
 from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver, TeeInfo
 from tee.io.lanes import Lane, Lanes
 from tee.io.notifications import Notifications
@@ -159,9 +159,23 @@ class TeeRuntime:
             if call in self._pending:
                 raise ValueError("this call has been started already")
             self._pending[call] = pending
+        if isinstance(call, CloseContext | CloseSession):
+            self._end_asking_clients(call)
         self._tell("start", call)
         self._post(lambda: self._driver.start(call))
         return pending
+
+    def _end_asking_clients(self, call: CloseContext | CloseSession) -> None:
+        """The client goes: its OCALLs are answered before what they name is closed."""
+        with self._lock:
+            asked = [
+                rpc
+                for rpc, ocalls in self._asked_clients.items()
+                if (isinstance(call, CloseContext) and ocalls.context is call.context)
+                or (isinstance(call, CloseSession) and getattr(rpc.call, "session", None) is call.session)
+            ]
+        for rpc in asked:
+            self._answer(rpc, RpcReply(Result.COMMUNICATION))
 
     def call(self, call: Call, timeout: float | None = None) -> Done:
         """Start ``call`` and wait for its end.

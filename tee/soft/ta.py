@@ -391,14 +391,23 @@ class Environment:
         """Wait for ``seconds``. Raises CANCEL as :meth:`checkpoint` does, at once when the cancel comes."""
         await suspend(Sleep(seconds))
 
-    async def rpc(self, command: int, params: list[Param], *, timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
+    async def rpc(
+        self,
+        command: int,
+        params: list[Param],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        to_client: bool = False,
+    ) -> RpcReply:
         """Ask the normal world for ``command`` and wait for its answer, of which nothing can be trusted.
 
+        :param to_client: ask the client that made the call, not its supplicant; :meth:`ocall` is easier
         :param timeout: seconds after which the RPC is withdrawn and COMMUNICATION raised
         :raises TeeError: CANCEL as :meth:`checkpoint` does; the RPC is then withdrawn
         """
         self.current()
-        return await suspend(CallOut(Rpc(command, params), timeout=timeout))  # type: ignore[no-any-return]
+        rpc = Rpc(command, params, to_client=to_client)
+        return await suspend(CallOut(rpc, timeout=timeout))  # type: ignore[no-any-return]
 
     async def ocall(self, function: int, params: Sequence[TaParam] = (), *, timeout: float | None = None) -> int:  # noqa: ASYNC109
         """Have the client that made the current call run ``function`` (32 bits), and wait for what its handler returns:

@@ -6,9 +6,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from device.config import Limits
 from guest_driver.client import (
     CallError,
     CancelToken,
@@ -27,6 +30,7 @@ from tee.params import Direction
 from tee.results import Origin, Result, TeeError
 from tee.rpc import GRPC_UUID
 from tee.soft import SoftTee, examples
+from tests.guest_driver.live import live
 
 OCALL, PROBE = examples.UUIDS["ocall"], examples.UUIDS["probe"]
 CALL, LEND, GRPC, MANY, CANCEL, TIMED = range(6)
@@ -34,29 +38,37 @@ INOUT = Direction.INOUT
 
 
 class Machine:
-    """A TEE of so many threads, and the way to it."""
+    """A TEE of so many threads, and the way to it: none, or the virtio device."""
 
-    def __init__(self, threads: int = 4) -> None:
-        self.tee = SoftTee(
-            clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in(), threads=threads
-        )
-        self.runtime = TeeRuntime(self.driver())
-
-    def driver(self) -> TeeDriver:
-        return self.tee
+    def __init__(self, path: str, folder: Path, threads: int = 4) -> None:
+        self._stack = ExitStack()
+        driver: TeeDriver
+        if path == "virtio":
+            device = self._stack.enter_context(live(folder, Limits(rpc_deadline_ms=5000), threads=threads))
+            self.tee = device.tee
+            driver = device.driver()
+            self._stack.callback(driver.close)
+        else:
+            self.tee = driver = SoftTee(
+                clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in(), threads=threads
+            )
+        self.driver = driver
+        self.runtime = self._stack.enter_context(TeeRuntime(driver))
 
     def close(self) -> None:
         """Nothing is left anywhere."""
         self.runtime.close()
+        assert not any(self.driver.usage().values()), self.driver.usage()
+        self._stack.close()
         assert not any(self.tee.usage().values()), self.tee.usage()
 
 
-@pytest.fixture
-def make() -> Iterator[Callable[..., Machine]]:
+@pytest.fixture(params=["direct", "virtio"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     made: list[Machine] = []
 
     def machine(threads: int = 4) -> Machine:
-        made.append(Machine(threads))
+        made.append(Machine(request.param, tmp_path, threads))
         return made[-1]
 
     yield machine
