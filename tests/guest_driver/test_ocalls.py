@@ -159,6 +159,7 @@ def test_temporary_memory(session: Session) -> None:
     assert data == b"Jello"
 
 
+@pytest.mark.requirement("DRV-OCA-2")
 def test_without_a_handler(session: Session) -> None:
     for command in (CALL, LEND, GRPC):
         with pytest.raises(CallError) as refused:
@@ -347,6 +348,7 @@ def test_closing_it_in_the_handler(make: Callable[..., Machine], what: str) -> N
     context.close()
 
 
+@pytest.mark.requirement("DRV-OCA-3")
 @pytest.mark.parametrize("what", ["session", "context"])
 def test_closing_it_elsewhere(
     make: Callable[..., Machine], what: str, entered: threading.Event, release: threading.Event
@@ -362,6 +364,7 @@ def test_closing_it_elsewhere(
     context.close()
 
 
+@pytest.mark.requirement("DRV-OCA-4")
 def test_memory_is_freed_while_the_call_holds_it(context: Context, session: Session) -> None:
     """In the handler: it goes when the call has ended, and the TA sees it until then."""
     shared = context.allocate(4096)
