@@ -425,12 +425,6 @@ AttestationStatement = Struct(
 SERVICES_UUID = UUID("e8177e22-d43b-58a8-a970-88447d8f38c5")
 """The pseudo-TA that offers services and enclaves to clients that know only GlobalPlatform's API."""
 
-GRPC_UUID = UUID("ad0fd0ae-09e1-464b-98ed-0607ec9ebd8b")
-"""The generic RPC pseudo-TA; TAs open a session with it and invoke it, and their client gets an OCALL."""
-
-GRPC_EXECUTE = 0x1
-"""Its one command, in the upper 4 bits of the command id; the lower 28 bits are the function for the client."""
-
 TaskSelector = Struct(
     "uuid" / Bytes(16) * "UUID of the service",
     "func" / Int32ul * "command",
@@ -519,10 +513,6 @@ class RpcTarget(IntEnum):
     CLIENT = 1
 
 
-RPC_OCALL = 0x1000
-"""RPC command of an OCALL (target CLIENT); OP-TEE's numbers are below it."""
-
-
 class RpcServer(Enum):
     """Who in the guest answers an RPC."""
 
@@ -551,7 +541,7 @@ RPC_SERVERS: dict[int, tuple[RpcServer, int]] = {
     RpcCommand.RPMB_PROBE_RESET: (RpcServer.NOBODY, Result.NOT_SUPPORTED),
     RpcCommand.RPMB_PROBE_NEXT: (RpcServer.NOBODY, Result.NOT_SUPPORTED),
     RpcCommand.RPMB_FRAMES: (RpcServer.NOBODY, Result.NOT_SUPPORTED),
-    RPC_OCALL: (RpcServer.CLIENT, Result.NOT_SUPPORTED),
+    RpcCommand.OCALL: (RpcServer.CLIENT, Result.NOT_SUPPORTED),
 }
 """RPC command → who in the guest serves it, and what the TEE gets where that one is missing. Commands that are not
 listed may go to the supplicant, and get NOT_SUPPORTED otherwise."""

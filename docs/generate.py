@@ -45,7 +45,7 @@ from device.messages import Body, Tail  # noqa: E402
 from device.requests import STATUS_RESULT  # noqa: E402
 from pyvhost.codec import Codec, Field  # noqa: E402
 from tee.results import describe  # noqa: E402
-from tee.rpc import describe_command  # noqa: E402
+from tee.rpc import RpcCommand, describe_command  # noqa: E402
 
 SPECIFICATION = "docs/specification.md"
 FAULTS = "docs/faults.toml"
@@ -195,7 +195,7 @@ def rpc_commands() -> str:
     """The RPC commands."""
     rows = []
     for command, (server, code) in wire.RPC_SERVERS.items():
-        ocall = command == wire.RPC_OCALL
+        ocall = command == RpcCommand.OCALL
         rows.append(
             [
                 hex(command) if ocall else str(command),

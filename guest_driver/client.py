@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import NamedTuple
 from uuid import UUID
 
+from guest_driver.ocalls import Handler, run
 from tee.calls import (
     NIL_UUID,
     Call,
@@ -43,10 +44,12 @@ from tee.calls import (
 )
 from tee.driver import Done
 from tee.io.notifications import Notifications
+from tee.io.ocalls import OcallServer
 from tee.io.runtime import Pending, TeeRuntime
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result, TeeError
+from tee.rpc import Rpc
 
 __all__ = [
     "REGISTER_FROM",
@@ -99,8 +102,9 @@ class Parameter(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def prepare(self, context: Context, after: ExitStack) -> Param:
-        """What is sent; ``after`` is unwound when the call has ended."""
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
+        """What is sent; ``after`` is unwound when the call has ended. ``register``: temporary memory of any size is
+        registered for the time of the call, so that OCALLs can name it."""
 
     @abstractmethod
     def answer(self, param: Param) -> Answer:
@@ -110,7 +114,7 @@ class Parameter(ABC):
 class Empty(Parameter):
     """An empty slot."""
 
-    def prepare(self, context: Context, after: ExitStack) -> Param:
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         return Nothing()
 
@@ -128,7 +132,7 @@ class _Words(Parameter):
                 raise ValueError(f"{word} does not fit 64 bits")
         self.words = Words(a, b, c)
 
-    def prepare(self, context: Context, after: ExitStack) -> Param:
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         return Value(self.direction, *self.words)
 
@@ -164,13 +168,14 @@ class _Temporary(Parameter):
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self.data = data
 
-    def prepare(self, context: Context, after: ExitStack) -> Param:
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         size = len(self.data)
-        memory = context.borrow(size, after) if size >= REGISTER_FROM else Memory.of(bytearray(size))
+        register = size >= REGISTER_FROM or (register and size > 0)
+        memory = context.borrow(size, after) if register else Memory.of(bytearray(size))
         if self.direction != Direction.OUT:
             memory.write(0, self.data)
-        if size < REGISTER_FROM and self.direction == Direction.IN:
+        if not register and self.direction == Direction.IN:
             memory.read_only = True
         param = MemRef(self.direction, memory, 0, size)
         if self.direction != Direction.IN:
@@ -216,7 +221,7 @@ class Null(Parameter):
         self.direction = direction
         self.size = size
 
-    def prepare(self, context: Context, after: ExitStack) -> Param:
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         return MemRef(self.direction, None, 0, self.size)
 
@@ -232,7 +237,7 @@ class _Part(Parameter):
         self.offset = offset
         self.size = size
 
-    def prepare(self, context: Context, after: ExitStack) -> Param:
+    def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         if self.shared.context is not context:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API, "shared memory of another context")
@@ -295,7 +300,8 @@ class SharedMemory:
         return _Part(self, direction, offset, size)
 
     def close(self) -> None:
-        """End the registration; waits for calls that use the memory. Nothing where that has happened."""
+        """End the registration; waits for calls that use the memory, but not in a handler of OCALLs: there it ends
+        when they have ended. Nothing where that has happened."""
         memory, self._memory = self._memory, None
         if memory is not None:
             self.context.unshare(self, memory, self._owned)
@@ -347,6 +353,7 @@ class PendingCall:
         call: OpenSession | Invoke,
         parameters: Sequence[Parameter],
         cancel: CancelToken | None,
+        ocalls: Handler | None = None,
     ) -> None:
         self._context = context
         self._parameters = parameters
@@ -355,8 +362,9 @@ class PendingCall:
         self._done: Done | None = None
         self._answers: list[Answer] = []
         try:
-            call.params = self._params = [parameter.prepare(context, self._after) for parameter in parameters]
-            self._pending = context.submit(call)
+            register = ocalls is not None
+            call.params = self._params = [p.prepare(context, self._after, register=register) for p in parameters]
+            self._pending = context.submit(call, _Client(context, ocalls) if ocalls is not None else None)
         except BaseException:
             self._after.close()
             raise
@@ -394,6 +402,24 @@ class PendingCall:
         return self._answers
 
 
+class _Client:
+    """This client, as its TAs' OCALLs see it (:class:`~tee.io.ocalls.OcallServer`)."""
+
+    def __init__(self, context: Context, handler: Handler) -> None:
+        self._context = context
+        self._handler = handler
+        self.context = context.handle
+
+    def call(self, function: int, rpc: Rpc) -> int:
+        return run(self._handler, function, rpc.params[1:])
+
+    def allocate(self, size: int) -> Memory:
+        return self._context.lend(size)
+
+    def release(self, memory: Memory) -> None:
+        self._context.take_back(memory)
+
+
 class Session:
     """A session with a TA. A context manager."""
 
@@ -410,17 +436,30 @@ class Session:
     ) -> None:
         self.close()
 
-    def invoke(self, command: int, *parameters: Parameter, cancel: CancelToken | None = None) -> list[Answer]:
-        """Have the TA do ``command``, and wait for it. Raises CallError."""
-        return self.begin(command, *parameters, cancel=cancel).wait()
+    def invoke(
+        self,
+        command: int,
+        *parameters: Parameter,
+        cancel: CancelToken | None = None,
+        ocalls: Handler | None = None,
+    ) -> list[Answer]:
+        """Have the TA do ``command``, and wait for it. ``ocalls`` serves what it calls this client for
+        (:mod:`guest_driver.ocalls`). Raises CallError."""
+        return self.begin(command, *parameters, cancel=cancel, ocalls=ocalls).wait()
 
-    def begin(self, command: int, *parameters: Parameter, cancel: CancelToken | None = None) -> PendingCall:
+    def begin(
+        self,
+        command: int,
+        *parameters: Parameter,
+        cancel: CancelToken | None = None,
+        ocalls: Handler | None = None,
+    ) -> PendingCall:
         """Have the TA do ``command``, without waiting."""
         if self._session is None:
             raise TeeError(Result.BAD_STATE, Origin.API, "the session is closed")
         if not 0 <= command < 1 << 32:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API, "a command has 32 bits")
-        return PendingCall(self._context, Invoke(session=self._session, func=command), parameters, cancel)
+        return PendingCall(self._context, Invoke(session=self._session, func=command), parameters, cancel, ocalls)
 
     def close(self) -> None:
         """Close it; waits for its calls. Nothing where that has happened."""
@@ -454,11 +493,12 @@ class Context:
         login: int = Login.PUBLIC,
         client_uuid: UUID = NIL_UUID,
         cancel: CancelToken | None = None,
+        ocalls: Handler | None = None,
     ) -> Session:
-        """Open a session with the TA ``uuid``. Raises CallError."""
+        """Open a session with the TA ``uuid``; ``ocalls`` as in :meth:`Session.invoke`. Raises CallError."""
         uuid = uuid if isinstance(uuid, UUID) else UUID(uuid)
         call = OpenSession(context=self.handle, uuid=uuid, client=Client(login, client_uuid))
-        pending = PendingCall(self, call, parameters, cancel)
+        pending = PendingCall(self, call, parameters, cancel, ocalls)
         try:
             answers = pending.wait()
         except KeyboardInterrupt:
@@ -506,10 +546,10 @@ class Context:
             raise TeeError(Result.BAD_STATE, Origin.API, "the context is closed")
         return self._context
 
-    def submit(self, call: Call) -> Pending:
+    def submit(self, call: Call, ocalls: OcallServer | None = None) -> Pending:
         """Start ``call``."""
         try:
-            return self._runtime.submit(call)
+            return self._runtime.submit(call, ocalls)
         except RuntimeError as error:
             raise TeeError(Result.COMMUNICATION, Origin.API, str(error)) from None
 
@@ -522,12 +562,28 @@ class Context:
     def unshare(self, shared: SharedMemory, memory: Memory, owned: bool) -> None:
         """End a registration; release what was allocated, let go of what is the caller's."""
         self._shared.discard(shared)
+        if self._runtime.in_handler:  # the call that it serves may be using it, and would be waited for
+            self._runtime.aside(lambda: self._end_sharing(memory, owned))
+        else:
+            self._end_sharing(memory, owned)
+
+    def _end_sharing(self, memory: Memory, owned: bool) -> None:
         if self._context is not None:
             self._ignore_closed(UnregisterMemory(context=self._context, memory=memory))
         if owned:
             self._runtime.release(memory)
         else:
             memory.forget()
+
+    def lend(self, size: int) -> Memory:
+        """Registered memory for a TA. Raises MemoryError, or TeeError."""
+        return self._runtime.allocate_registered(self.handle, size)
+
+    def take_back(self, memory: Memory) -> None:
+        """What :meth:`lend` gave."""
+        if self._context is not None:
+            self._ignore_closed(UnregisterMemory(context=self._context, memory=memory))
+        self._runtime.release(memory)
 
     def close_session(self, session: object) -> None:
         """Close a session; where the context is closed that has happened with it."""

@@ -42,6 +42,7 @@ from device.wire import (
     Request,
     ResponseFlag,
     RpcServer,
+    RpcTarget,
     Status,
     only_usable,
 )
@@ -67,13 +68,16 @@ from tee.rpc import Rpc, RpcCommand, RpcReply
 
 log = logging.getLogger(__name__)
 
-DRIVER_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
+DRIVER_FEATURES = Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION
 """Feature bits that this driver knows how to use."""
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
 _STATUS_OK = bytes(4)
 _WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
 """Result codes of answers to RPCs that have parameters; others may leave them out."""
+
+_FOR_CLIENTS = frozenset({RpcCommand.OCALL, RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE})
+"""RPCs that the client may be asked whose call it is."""
 
 _OPENS = frozenset({Request.OPEN_CONTEXT, Request.OPEN_SESSION})
 
@@ -780,7 +784,11 @@ class VirtioTeeDriver:
         raw = unpack_raw(data, at, body.num_params)
         check_raw(raw, inline=False)
         params = [self._rpc_param(one) for one in raw]
-        rpc = Rpc(body.command, params, flight.call if flight is not None else None)
+        rpc = Rpc(body.command, params, flight.call if flight is not None else None, body.target == RpcTarget.CLIENT)
+        if body.target != RpcTarget.SUPPLICANT:
+            self._check_for_client(body, rpc, flight)
+        elif rpc.command == RpcCommand.OCALL:
+            raise ProtocolError("the device sent an OCALL for the supplicant")
         if rpc.command == RpcCommand.SHM_FREE:
             for param in params:
                 if isinstance(param, MemRef) and param.memory is not None:
@@ -791,6 +799,20 @@ class VirtioTeeDriver:
             self.answer(rpc, self._own_answer(rpc))
         else:
             self._ready.append(rpc)
+
+    def _check_for_client(self, body: Any, rpc: Rpc, flight: _InFlight | None) -> None:
+        """Raises ProtocolError for what no client may be called with."""
+        if not rpc.to_client or not self._features & Feature.OCALL or rpc.command not in _FOR_CLIENTS:
+            raise ProtocolError(f"the device sent RPC {body.command} for target {body.target}")
+        if flight is None:
+            return  # its call has been returned meanwhile: nobody serves it
+        context = flight.context
+        if flight.request not in CALLS or (context is not None and body.context != context.ident):
+            raise ProtocolError("the device sent an OCALL for another client than its call's")
+        for param in rpc.params:
+            region = param.memory.handle if isinstance(param, MemRef) and param.memory is not None else None
+            if isinstance(region, GuestRegion) and region.context is not context:
+                raise ProtocolError("the device named another client's memory in an OCALL")
 
     def _own_answer(self, rpc: Rpc) -> RpcReply:
         """To an RPC that is for the driver: GET_TIME. There are no threads here that could wait for another one."""

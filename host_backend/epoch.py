@@ -753,7 +753,7 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
+IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION
 
 
 def _add(table: IdTable[T], entry: T, what: str) -> int:

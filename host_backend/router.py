@@ -28,13 +28,12 @@ class Route(Enum):
     REFUSED = "nobody: refused to guests"
 
 
-_IN_THE_GUEST = frozenset({RpcServer.SUPPLICANT, RpcServer.CLIENT_OR_SUPPLICANT, RpcServer.DRIVER})
+_IN_THE_GUEST = frozenset({RpcServer.SUPPLICANT, RpcServer.CLIENT_OR_SUPPLICANT, RpcServer.DRIVER, RpcServer.CLIENT})
 
 ROUTES: dict[int, Route] = {
     command: Route.GUEST if server in _IN_THE_GUEST else Route.REFUSED for command, (server, _) in RPC_SERVERS.items()
 }
-"""Command → route, for a TEE that names the call behind an RPC. Commands that are not here are refused,
-and OCALL is as long as its feature is not offered."""
+"""Command → route, for a TEE that names the call behind an RPC. Commands that are not here are refused."""
 
 
 class Flushed(Protocol):

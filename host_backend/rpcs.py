@@ -46,6 +46,10 @@ MAX_PAUSE = 300.0
 """Seconds, for each RPC, in which its deadline does not run because rings are stopped: a call that waits for an RPC
 holds a thread of the TEE, which other guests share."""
 
+_OF_EITHER = frozenset({RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE})
+_CALLING = frozenset({Request.OPEN_SESSION, Request.INVOKE, Request.SERVICE_TASK})
+"""Requests during which a TA may call its client."""
+
 _RPC_EVENT = EVENTS[Event.RPC].codec
 _RPC_WITHDRAWN = EVENTS[Event.RPC_WITHDRAWN].codec
 _NOTIFICATION = EVENTS[Event.NOTIFICATION].codec
@@ -104,8 +108,9 @@ class GuestRpcs:
         if len(rpc.params) > epoch.limits.max_params:
             self._refuse(rpc, "more parameters than the driver takes", code)
             return
-        if any(param.meta for param in rpc.params):
-            self._refuse(rpc, "a META parameter, which only an OCALL has", Result.NOT_SUPPORTED)
+        why = self._unfit(rpc, pending)
+        if why:
+            self._refuse(rpc, why, Result.NOT_SUPPORTED)
             return
         patience = 0.0 if _closes(pending) else epoch.limits.rpc_deadline_ms / 1000
         now = self._now()
@@ -135,6 +140,29 @@ class GuestRpcs:
             for region in entry.regions:
                 region.users += 1
         self.pump()
+
+    def _unfit(self, rpc: Rpc, pending: Pending) -> str:
+        """Why it cannot be one of the guest's; empty: it can."""
+        if any(param.meta for param in rpc.params[rpc.command == RpcCommand.OCALL :]):
+            return "a META parameter, which only an OCALL has"
+        if rpc.to_client is not (rpc.command == RpcCommand.OCALL) and rpc.command not in _OF_EITHER:
+            return "of the supplicant and for the client, or the other way round"
+        if not rpc.to_client:
+            return ""
+        if not self._epoch.features & Feature.OCALL:
+            return "the driver has not negotiated OCALL"
+        if pending.request.type not in _CALLING:
+            return "a call to the client of a request that has no parameters for it"
+        if rpc.command == RpcCommand.OCALL and not (
+            rpc.params and isinstance(rpc.params[0], Value) and rpc.params[0].meta
+        ):
+            return "an OCALL without its function"
+        given = {*map(id, pending.regions), *map(id, pending.held)}
+        for param in rpc.params:
+            region = self._epoch.by_memory.get(id(param.memory)) if isinstance(param, MemRef) and param.memory else None
+            if region is not None and id(region) not in given:
+                return "memory that the call was not given"
+        return ""
 
     def hurry(self, *, context: ContextEntry | None = None, session: SessionEntry | None = None) -> None:
         """The context or the session closes: what its calls wait for in the guest is not waited for any longer."""
@@ -203,15 +231,15 @@ class GuestRpcs:
         if entry.state is RpcState.WITHDRAWING:
             header = EVENT_HEADER.pack(Event.RPC_WITHDRAWN, 0, self._epoch.number)
             return header + _RPC_WITHDRAWN.pack(entry.ident)
-        pending = entry.pending
+        pending, session = entry.pending, entry.pending.session
         body = _RPC_EVENT.pack(
             rpc=entry.ident,
             command=entry.rpc.command,
-            target=RpcTarget.SUPPLICANT,
+            target=RpcTarget.CLIENT if entry.rpc.to_client else RpcTarget.SUPPLICANT,
             deadline_ms=max(1, int((entry.deadline - self._now()) * 1000)),
             call=pending.request.tag,
             context=pending.context.ident,
-            session=pending.session.ident if pending.session is not None else 0,
+            session=session.ident if session is not None and session.handle is not None else 0,  # 0 while it opens
             num_params=len(entry.raw),
         )
         return EVENT_HEADER.pack(Event.RPC, 0, self._epoch.number) + body + pack_raw(entry.raw)

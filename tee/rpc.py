@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from uuid import UUID
 
 from tee.calls import Call
 from tee.params import Param
@@ -33,6 +34,15 @@ class RpcCommand(IntEnum):
     RPMB_PROBE_RESET = 22
     RPMB_PROBE_NEXT = 23
     RPMB_FRAMES = 24
+    OCALL = 0x1000
+    """Ours: a call to the client that made the call; OP-TEE's numbers are below it."""
+
+
+GRPC_UUID = UUID("ad0fd0ae-09e1-464b-98ed-0607ec9ebd8b")
+"""The generic RPC pseudo-TA; TAs open a session with it and invoke it, and their client gets an OCALL."""
+
+GRPC_EXECUTE = 0x1
+"""Its one command, in the upper 4 bits of the command id; the lower 28 bits are the function for the client."""
 
 
 class ShmType(IntEnum):
@@ -92,7 +102,8 @@ class Rpc:
 
     ``call`` is the call that caused it, or None where the TEE does not say. ``params`` are as OP-TEE defines them for
     the command, with one difference: where OP-TEE passes memory by a cookie (SHM_ALLOC's answer, SHM_FREE's
-    argument), a :class:`~tee.params.MemRef` stands.
+    argument), a :class:`~tee.params.MemRef` stands. ``to_client``: it is for the client whose call ``call`` is, not for
+    the supplicant (OCALL; SHM_ALLOC and SHM_FREE of memory for one).
 
     ====================  ============================================================  ================================
     command               params of the request                                         params of the reply
@@ -102,17 +113,20 @@ class Rpc:
     SHM_ALLOC             [Value IN: a = ShmType, b = bytes, c = alignment]             [MemRef INOUT: the memory]
     SHM_FREE              [Value IN: a = ShmType], [MemRef INOUT: the memory]           []
     FS                    see :class:`FsCommand`                                        the same, OUT ones filled in
+    OCALL                 [META Value INOUT: a = function, 32 bits], then the TA's      the same, outputs filled in
     ====================  ============================================================  ================================
     """
 
     command: int
     params: list[Param]
     call: Call | None = None
+    to_client: bool = False
 
 
 @dataclass(slots=True)
 class RpcReply:
-    """The answer: ``code`` is a :class:`~tee.results.Result`; ``params`` as the command defines them."""
+    """The answer: ``code`` is a :class:`~tee.results.Result`; ``params`` as the command defines them. ``origin`` of an
+    OCALL's is API where the client's handler ran and ``code`` is its own, else COMMS."""
 
     code: int = Result.SUCCESS
     params: list[Param] = field(default_factory=list)

@@ -141,10 +141,6 @@ def _algorithm(value: int) -> str:
     return algorithm.name if algorithm else "unknown"
 
 
-def _rpc_command(value: int) -> str:
-    return "OCALL" if value == wire.RPC_OCALL else describe_command(value)
-
-
 def _vhost_flags(value: int) -> str:
     version = value & vhost.Flag.VERSION_MASK
     names = [f"version {version}", *(f.name or "?" for f in (vhost.Flag.REPLY, vhost.Flag.NEED_REPLY) if value & f)]
@@ -195,7 +191,7 @@ _MEANINGS: dict[tuple[str, str], Meaning] = {
     ("ServiceEntry", "api_level"): _api_level,
     ("RpcReply", "ret"): describe,
     ("RpcReply", "origin"): describe_origin,
-    ("RpcEvent", "command"): _rpc_command,
+    ("RpcEvent", "command"): describe_command,
     ("RpcEvent", "target"): _enum(wire.RpcTarget),
     ("RpcEvent", "call"): _epoch_or_tag,
     ("Config", "tee_kind"): _enum(TeeKind),

@@ -31,16 +31,16 @@ class Lanes(Generic[T]):
 
     def __init__(self, name: str, serve: Callable[[T], None]) -> None:
         """``serve`` does not raise. Threads are called ``name`` and what they are for."""
-        self._rest: _Lane[T] = _Lane(name, 1, serve)
+        self._rest: Lane[T] = Lane(name, 1, serve)
         self._lanes = {
-            command: _Lane(f"{name}-{command.name.lower()}", most, serve) for command, most in _THREADS.items()
+            command: Lane(f"{name}-{command.name.lower()}", most, serve) for command, most in _THREADS.items()
         }
 
     def put(self, command: int, item: T) -> None:
         """Have ``item`` served, which is about ``command``. Nothing after :meth:`close`."""
         self._lane(command).put(item)
 
-    def _lane(self, command: int) -> _Lane[T]:
+    def _lane(self, command: int) -> Lane[T]:
         return self._lanes[RpcCommand(command)] if command in self._lanes else self._rest
 
     def close(self, timeout: float) -> None:
@@ -53,7 +53,9 @@ class Lanes(Generic[T]):
             lane.join(until)
 
 
-class _Lane(Generic[T]):
+class Lane(Generic[T]):
+    """Up to ``most`` threads that call ``serve`` with what is put in. Whatever it raises is logged."""
+
     def __init__(self, name: str, most: int, serve: Callable[[T], None]) -> None:
         self._name = name
         self._most = most
@@ -65,6 +67,7 @@ class _Lane(Generic[T]):
         self._ended = False
 
     def put(self, item: T) -> None:
+        """Have ``item`` served, in its turn. Nothing after :meth:`end`."""
         with self._lock:
             if self._ended:
                 return
@@ -87,12 +90,14 @@ class _Lane(Generic[T]):
                     self._idle += 1
 
     def end(self) -> None:
+        """Take nothing more; what was put in is still served."""
         with self._lock:
             self._ended = True
             for _ in self._threads:
                 self._work.put(None)
 
     def join(self, until: float) -> None:
+        """Wait for that, until then on ``time.monotonic()``."""
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))

@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from tee.calls import Call, CloseContext, OpenContext, RegisterMemory, UnregisterMemory
+from tee.calls import Call, CloseContext, CloseSession, OpenContext, RegisterMemory, UnregisterMemory
 from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver, TeeInfo
-from tee.io.lanes import Lanes
+from tee.io.lanes import Lane, Lanes
 from tee.io.notifications import Notifications
+from tee.io.ocalls import Ocalls, OcallServer, refusal
 from tee.io.supplicant import Allocator, RpcServer
 from tee.memory import Memory
 from tee.params import MemRef
@@ -33,6 +34,9 @@ CLOSE_TIMEOUT = 5.0
 
 #: How long a call that Ctrl-C interrupts is waited for after it was cancelled, in seconds.
 INTERRUPT_GRACE = 2.0
+
+#: Handlers of OCALLs that run at a time; further OCALLs wait for one to end.
+MAX_HANDLERS = 64
 
 _LOST = frozenset({Result.TARGET_DEAD, Result.COMMUNICATION})
 """What a call in a context gets that the TEE, or the way to it, has lost."""
@@ -53,6 +57,7 @@ class Observation:
 
 
 _log = logging.getLogger(__name__)
+_thread = threading.local()
 
 Observer = Callable[[Observation], None]
 
@@ -60,10 +65,11 @@ Observer = Callable[[Observation], None]
 class Pending:
     """A call that was submitted."""
 
-    __slots__ = ("_done", "_runtime", "_woken", "call")
+    __slots__ = ("_done", "_runtime", "_woken", "call", "ocalls")
 
-    def __init__(self, runtime: TeeRuntime, call: Call) -> None:
+    def __init__(self, runtime: TeeRuntime, call: Call, ocalls: Ocalls | None = None) -> None:
         self.call = call
+        self.ocalls = ocalls
         self._runtime = runtime
         self._woken = threading.Event()
         self._done: Done | None = None
@@ -116,6 +122,7 @@ class TeeRuntime:
         self._contexts: set[object] = set()
         self._outstanding: set[Rpc] = set()
         self._given: dict[Rpc, RpcReply] = {}  # answered SHM_ALLOCs whose memory the TEE has
+        self._asked_clients: dict[Rpc, Ocalls] = {}  # what was asked of clients, while it is outstanding or given
         self._listeners: set[Notifications] = set()
         self._closed = False  # nothing can be submitted any more
         self._finished = False  # close() has begun
@@ -125,6 +132,7 @@ class TeeRuntime:
         self._names = next(_numbers)
         driver.attach(self._sink)
         self._owner = threading.Thread(target=self._own, name=f"tee-runtime-{self._names}", daemon=True)
+        self._clients: Lane[Callable[[], None]] = Lane(f"tee-ocalls-{self._names}", MAX_HANDLERS, lambda work: work())
         self._work: Lanes[Rpc | RpcReply] = Lanes(f"tee-supplicant-{self._names}", self._serve)
         self._owner.start()
 
@@ -141,18 +149,33 @@ class TeeRuntime:
         """Which TEE it is."""
         return self._driver.info
 
-    def submit(self, call: Call) -> Pending:
-        """Start ``call``; RuntimeError after :meth:`close`."""
-        pending = Pending(self, call)
+    def submit(self, call: Call, ocalls: OcallServer | None = None) -> Pending:
+        """Start ``call``; RuntimeError after :meth:`close`. ``ocalls`` serves what its TA calls the client for; without
+        it that is refused."""
+        pending = Pending(self, call, Ocalls(ocalls) if ocalls is not None else None)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the runtime is closed")
             if call in self._pending:
                 raise ValueError("this call has been started already")
             self._pending[call] = pending
+        if isinstance(call, CloseContext | CloseSession):
+            self._end_asking_clients(call)
         self._tell("start", call)
         self._post(lambda: self._driver.start(call))
         return pending
+
+    def _end_asking_clients(self, call: CloseContext | CloseSession) -> None:
+        """The client goes: its OCALLs are answered before what they name is closed."""
+        with self._lock:
+            asked = [
+                rpc
+                for rpc, ocalls in self._asked_clients.items()
+                if (isinstance(call, CloseContext) and ocalls.context is call.context)
+                or (isinstance(call, CloseSession) and getattr(rpc.call, "session", None) is call.session)
+            ]
+        for rpc in asked:
+            self._answer(rpc, RpcReply(Result.COMMUNICATION))
 
     def call(self, call: Call, timeout: float | None = None) -> Done:
         """Start ``call`` and wait for its end.
@@ -217,6 +240,15 @@ class TeeRuntime:
         self.call(UnregisterMemory(context=context, memory=memory))
         self.release(memory)
 
+    @property
+    def in_handler(self) -> bool:
+        """This thread serves an OCALL: it must not wait for the call that made it."""
+        return getattr(_thread, "runtime", None) is self
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have ``work`` done on another thread, at some time; nothing after :meth:`close`."""
+        self._clients.put(work)
+
     def notifications(self, *values: int) -> Notifications:
         """What the TEE raises from now on: ``values``, or all. RuntimeError after :meth:`close`."""
         listener = Notifications(frozenset(values), self._unlisten)
@@ -257,6 +289,7 @@ class TeeRuntime:
         with self._lock:
             self._stopping = True
         self._work.close(CLOSE_TIMEOUT)
+        self._clients.end()
         self._post(lambda: None)
         self._owner.join(CLOSE_TIMEOUT)
         self._end_all()
@@ -341,8 +374,11 @@ class TeeRuntime:
             with self._lock:
                 self._outstanding.discard(event.rpc)
                 given = self._given.pop(event.rpc, None)
+                ocalls = self._asked_clients.pop(event.rpc, None)
             self._tell("withdrawn", event.rpc)
-            if given is not None:  # it was answered, but the TEE could not take the memory
+            if given is not None and ocalls is not None:
+                self._clients.put(lambda: self._forget(ocalls, given))
+            elif given is not None:  # it was answered, but the TEE could not take the memory
                 self._work.put(RpcCommand.SHM_ALLOC, given)
         elif isinstance(event, Notification):
             with self._lock:
@@ -362,15 +398,35 @@ class TeeRuntime:
                 self._contexts.discard(call.context)
         self._tell("done", call, done)
         if pending is not None:
+            if pending.ocalls is not None:
+                self._end_ocalls(call, pending.ocalls)
             pending.end(done)
+
+    def _end_ocalls(self, call: Call, ocalls: Ocalls) -> None:
+        with self._lock:
+            for rpc in [rpc for rpc, asked in self._asked_clients.items() if asked is ocalls]:
+                del self._asked_clients[rpc]
+                self._given.pop(rpc, None)
+        if ocalls.lends:
+            self._clients.put(ocalls.end)
+        else:
+            ocalls.end()
 
     def _asked(self, rpc: Rpc) -> None:
         self._tell("rpc", rpc)
         with self._lock:
             self._outstanding.add(rpc)
-            refuse = self._closed or self._supplicant is None
+            pending = self._pending.get(rpc.call) if rpc.to_client and rpc.call is not None else None
+            ocalls = pending.ocalls if pending is not None else None
+            refuse = self._closed or (self._supplicant is None and not rpc.to_client)
+            if ocalls is not None and not refuse:
+                self._asked_clients[rpc] = ocalls
         if refuse:
             self._answer(rpc, RpcReply(Result.COMMUNICATION))
+        elif ocalls is not None:
+            self._clients.put(lambda: self._serve_client(rpc, ocalls))
+        elif rpc.to_client:
+            self._answer(rpc, refusal(rpc))
         else:
             self._work.put(rpc.command, rpc)
 
@@ -382,6 +438,8 @@ class TeeRuntime:
             self._outstanding.discard(rpc)
             if rpc.command == RpcCommand.SHM_ALLOC and reply.code == Result.SUCCESS:
                 self._given[rpc] = reply
+            else:
+                self._asked_clients.pop(rpc, None)
         self._tell("answer", rpc, reply)
         self._post(lambda: self._driver.answer(rpc, reply))
         return True
@@ -410,6 +468,23 @@ class TeeRuntime:
         elif rpc.command == RpcCommand.SHM_FREE:
             self._taken_back(rpc)
 
+    # The clients' threads: a handler may wait for anything, also for other handlers.
+
+    def _serve_client(self, rpc: Rpc, ocalls: Ocalls) -> None:
+        with self._lock:
+            wanted = rpc in self._outstanding
+        if not wanted and rpc.command != RpcCommand.SHM_FREE:
+            return
+        _thread.runtime = self
+        try:
+            reply = ocalls.serve(rpc)
+        finally:
+            del _thread.runtime
+        if not self._answer(rpc, reply) and rpc.command == RpcCommand.SHM_ALLOC:
+            self._forget(ocalls, reply)
+        elif rpc.command == RpcCommand.SHM_FREE:
+            self._taken_back(rpc)
+
     def _taken_back(self, free: Rpc) -> None:
         """The memory of ``free`` is no longer the TEE's."""
         memory = {id(param.memory) for param in free.params if isinstance(param, MemRef)}
@@ -417,8 +492,9 @@ class TeeRuntime:
             for rpc, reply in tuple(self._given.items()):
                 if any(isinstance(param, MemRef) and id(param.memory) in memory for param in reply.params):
                     del self._given[rpc]
+                    self._asked_clients.pop(rpc, None)
 
-    def _forget(self, supplicant: RpcServer, reply: RpcReply) -> None:
+    def _forget(self, supplicant: RpcServer | Ocalls, reply: RpcReply) -> None:
         """Free memory that the TEE asked for, but whose answer came too late."""
         for param in reply.params:
             if isinstance(param, MemRef) and param.memory is not None:

@@ -29,10 +29,12 @@ from tee.params import Param
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
 from tee.soft.entities import Context, Instance, Program, Registration, Session, Visit
+from tee.soft.grpc import GenericRpc
 from tee.soft.inbox import Inbox
 from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
-from tee.soft.outside import Outside
+from tee.soft.ocalls import Ocalls
+from tee.soft.outside import Borrowed, Outside
 from tee.soft.params import Pairs, admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
 from tee.soft.scheduler import Park, Rare, Scheduler, Task, Wait, suspend
 from tee.soft.states import (
@@ -110,8 +112,10 @@ class SoftTee:
         self._host_tas = host_tas
         self._workers = workers
         self._working = 0  # pieces of work that the workers have
+        self._ocalls = Ocalls(outside)
         self._loader = Loader(keys, max_ta_size, outside, self._on_host)
-        self._built_in = {u: Program(u, ta, ta.version) for u, ta in (built_in or {}).items()}
+        built_in = {GenericRpc.uuid: GenericRpc, **(built_in or {})}
+        self._built_in = {u: Program(u, ta, ta.version) for u, ta in built_in.items()}
         self._inbox = Inbox()
         self._started = self._inbox.lines  # whether there are any is asked often
         self._outbox: deque[Event] = deque()
@@ -390,6 +394,7 @@ class SoftTee:
         """What came of ``task``, as code and origin: the TA's results, error or panic, or this TEE's own error."""
         if task.rare is not None:
             self._end_visits(task.rare)
+            self._ocalls.end(task)
         if not task.entered:
             if isinstance(error, TeeError):
                 return error.code, error.origin
@@ -668,6 +673,7 @@ class SoftTee:
         for other in (instance.owner, *instance.queue):
             if isinstance(other, Task) and other.session is session:
                 self._scheduler.cancel(other)
+                self._scheduler.give_up_client(other)
         self._acquire(task, instance)
 
     def _close_dead(self, session: Session, task: Task) -> None:
@@ -757,8 +763,16 @@ class SoftTee:
         if instance.owner is None:
             instance.owner = task
             self._scheduler.submit(task)
+        elif task.cancellable and self._asks_client(instance, task):
+            self._scheduler.abandon(task, _waits_for_client())
         else:
             instance.queue.append(task)
+
+    def _asks_client(self, instance: Instance, task: Task) -> bool:
+        """Whether the call that is in ``instance`` waits for its client, on the machine of ``task``: which may then
+        wait for this very task. Others wait for their turn."""
+        owner = instance.owner.task if isinstance(instance.owner, Visit) else instance.owner
+        return owner is not None and owner.asks_client and bool(owner.context.vm == task.context.vm)
 
     def _enter(self, task: Task) -> None:
         task.entered = True
@@ -852,6 +866,18 @@ class SoftTee:
         context: Context = env.current().context
         if context.state is _CONTEXT_OPEN:
             self._outbox.append(Notification(value, context.owner))
+
+    async def ocall(self, env: Environment, function: int, params: Sequence[TaParam], timeout: float | None) -> int:  # noqa: ASYNC109
+        """See :meth:`tee.soft.ta.Environment.ocall`."""
+        return await self._ocalls.call(env.current(), function, params, timeout)
+
+    async def borrow(self, env: Environment, size: int) -> Borrowed:
+        """See :meth:`tee.soft.ta.Environment.client_memory`."""
+        return await self._ocalls.borrow(env.current(), size)
+
+    async def give_back(self, env: Environment, borrowed: Borrowed, *, told: bool) -> None:
+        """See :meth:`tee.soft.ta.Environment.client_memory`."""
+        await self._ocalls.give_back(env.current(), borrowed, told=told)
 
     async def work(self, env: Environment, function: Callable[[], Any]) -> Any:
         """See :meth:`tee.soft.ta.Environment.work`."""
@@ -1065,6 +1091,8 @@ class SoftTee:
             instance.queue.appendleft(owner)
             instance.owner = visit
             return True
+        if self._asks_client(instance, task):
+            raise _waits_for_client()
         place: Instance | None = instance
         while place is not None and place.owner is not None:
             inside = place.owner.task if isinstance(place.owner, Visit) else place.owner
@@ -1149,6 +1177,10 @@ _MISSING = object()
 
 def _target_dead() -> TeeError:
     return TeeError(Result.TARGET_DEAD, Origin.TEE, "the TA has panicked")
+
+
+def _waits_for_client() -> TeeError:
+    return TeeError(Result.BUSY, Origin.TEE, "the TA waits for a client")
 
 
 def _own_code(error: TeeError) -> int:

@@ -30,12 +30,14 @@ _PASSED_ON = frozenset(
 
 @dataclass(slots=True, eq=False)
 class Borrowed:
-    """Memory of a supplicant, ``size`` bytes at ``offset`` of a registered one; it stays while it is borrowed."""
+    """Memory of a supplicant, or of the client, ``size`` bytes at ``offset`` of a registered one; it stays while it is
+    borrowed."""
 
     registration: Registration
     reference: MemRef
     offset: int
     size: int
+    of_client: bool = False
 
     def part(self, direction: Direction, offset: int, size: int) -> MemRef:
         """A reference to a part of it."""
@@ -59,20 +61,34 @@ class Outside:
         self._new_use = new_use
         self._end_use = end_use
 
-    async def ask(self, command: RpcCommand, params: list[Param], timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
+    async def ask(
+        self,
+        command: RpcCommand,
+        params: list[Param],
+        timeout: float | None = None,  # noqa: ASYNC109
+        *,
+        to_client: bool = False,
+    ) -> RpcReply:
         """The answer to ``command``. Raises TeeError where it is not SUCCESS."""
-        reply: RpcReply = await suspend(CallOut(Rpc(command, params), timeout=timeout))
+        reply: RpcReply = await suspend(CallOut(Rpc(command, params, to_client=to_client), timeout=timeout))
         if reply.code != Result.SUCCESS:
             code = reply.code if reply.code in _PASSED_ON else Result.GENERIC
             raise TeeError(code, Origin.TEE, f"{command.name} failed")
         return reply
 
-    async def borrow(self, task: Task, size: int, timeout: float | None = None) -> Borrowed:  # noqa: ASYNC109
+    async def borrow(
+        self,
+        task: Task,
+        size: int,
+        timeout: float | None = None,  # noqa: ASYNC109
+        *,
+        to_client: bool = False,
+    ) -> Borrowed:
         """SHM_ALLOC. Raises TeeError; COMMUNICATION for memory that cannot be used, which is given back first."""
         request = Value(Direction.IN, ShmType.APPLICATION, size, 8)
-        reply = await self.ask(RpcCommand.SHM_ALLOC, [request], timeout)
+        reply = await self.ask(RpcCommand.SHM_ALLOC, [request], timeout, to_client=to_client)
         reference, registration = _memory_of(reply, task.context)
-        borrowed = Borrowed(registration, reference, reference.offset, size)
+        borrowed = Borrowed(registration, reference, reference.offset, size, to_client)
         self._new_use(registration)
         memory = registration.memory
         try:
@@ -93,7 +109,7 @@ class Outside:
             Value(Direction.IN, ShmType.APPLICATION),
             MemRef(Direction.INOUT, reference.memory, reference.offset, reference.size),
         ]
-        rpc = Rpc(RpcCommand.SHM_FREE, params)
+        rpc = Rpc(RpcCommand.SHM_FREE, params, to_client=borrowed.of_client)
         try:
             await suspend(CallOut(rpc, shielded=True, timeout=FREE_TIMEOUT))
         except TeeError:

@@ -91,12 +91,13 @@ class Panic(Exception):  # noqa: N818 - a panic is what it is
 class Rare:
     """What few tasks have."""
 
-    __slots__ = ("deadline", "parked_at", "visits", "why")
+    __slots__ = ("deadline", "lent", "parked_at", "visits", "why")
 
     def __init__(self) -> None:
         self.deadline = 0.0  # 0: it has not waited yet, or may take as long as it likes
         self.why = "the client's context is closing"  # it is forced
         # for the owner of the scheduler
+        self.lent: list[Any] = []  # memory that its client has given it
         self.visits: list[Any] = []  # in other instances, by calls from TA to TA, outermost first
         self.parked_at: Any = None  # the instance that it waits for inside another one
 
@@ -169,6 +170,11 @@ class Task:
         return self.rare
 
     @property
+    def asks_client(self) -> bool:
+        """It waits for its own client."""
+        return self.state == CallState.IN_RPC and isinstance(self.wait, CallOut) and self.wait.rpc.to_client
+
+    @property
     def interrupted(self) -> bool:
         """A cancel reaches this task now."""
         return self.forced or (self.cancelled and not self.masked)
@@ -203,6 +209,13 @@ class _Turns:
                 return task
         return None
 
+    def pop_all(self) -> list[Task]:
+        """All that wait."""
+        tasks: list[Task] = []
+        while (task := self.pop_any()) is not None:
+            tasks.append(task)
+        return tasks
+
     def pop_any(self) -> Task | None:
         """The next one of the machine whose turn it is."""
         while self._lines:
@@ -234,6 +247,8 @@ class Scheduler:
         self.threads = threads
         self.free = threads
         self.rpcs: dict[Rpc, Task] = {}
+        self._at_clients = 0
+        """Tasks that have a thread and wait for their own clients."""
         self._clock = clock
         self._longest = longest
         self._emit_rpc = emit_rpc
@@ -250,11 +265,23 @@ class Scheduler:
         """Let ``task`` run as soon as a thread is free (at once where it needs none)."""
         if task.needs_thread:
             if self.free <= 0 and self._held.get(task.context.vm):
-                self._waiting.append(task)
+                if self._at_clients and self._at_clients >= self.threads - self.free:
+                    self._refuse_or_admit(task)
+                else:
+                    self._waiting.append(task)
                 return
             task.threaded = True
             self.take_thread(task.context.vm)
         self._fire(task, _ADMIT)
+
+    def _refuse_or_admit(self, task: Task) -> None:
+        """All threads wait for clients, which may wait for this very task: BUSY. What cannot fail gets a thread."""
+        if task.cancellable:
+            self.abandon(task, TeeError(Result.BUSY, Origin.TEE, "all threads wait for clients"))
+        else:
+            task.threaded = True
+            self.take_thread(task.context.vm)
+            self._fire(task, _ADMIT)
 
     def take_thread(self, machine: str) -> None:
         """A task of ``machine`` has a thread from here on."""
@@ -298,9 +325,23 @@ class Scheduler:
 
     def answer(self, rpc: Rpc, reply: RpcReply) -> None:
         """Wake whoever waits for ``rpc``; nothing where nobody does."""
-        task = self.rpcs.pop(rpc, None)
+        task = self._answered(rpc)
         if task is not None:
             self._fire(task, _ANSWER, reply)
+
+    def give_up_client(self, task: Task) -> None:
+        """What ``task`` asks its client is not answered any more: the client closes what it has the call in."""
+        if task.asks_client:
+            assert isinstance(task.wait, CallOut)
+            rpc = task.wait.rpc
+            self._emit_withdrawn(rpc)
+            self.answer(rpc, RpcReply(Result.COMMUNICATION))
+
+    def _answered(self, rpc: Rpc) -> Task | None:
+        task = self.rpcs.pop(rpc, None)
+        if task is not None and rpc.to_client and task.threaded:
+            self._at_clients -= 1
+        return task
 
     def expire(self) -> float | None:
         """Wake those whose time has come; returns the seconds to the next, or None."""
@@ -353,7 +394,7 @@ class Scheduler:
     def _withdraw(self, task: Task, _: Any) -> None:
         assert isinstance(task.wait, CallOut)
         rpc = task.wait.rpc
-        del self.rpcs[rpc]
+        self._answered(rpc)
         self._emit_withdrawn(rpc)
         self._queue(task, None)
 
@@ -370,6 +411,11 @@ class Scheduler:
         if wait.timeout is not None:
             self._set_timer(task, wait.timeout)
         self._emit_rpc(wait.rpc)
+        if wait.rpc.to_client and task.threaded:
+            self._at_clients += 1
+            if self.free <= 0 and self._at_clients >= self.threads - self.free:
+                for other in self._waiting.pop_all():
+                    self._refuse_or_admit(other)
 
     def _set_timer(self, task: Task, seconds: float) -> None:
         self._push_timer(self._clock() + seconds, task, task.turn)

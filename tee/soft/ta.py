@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UUID",
     "Client",
+    "ClientMemory",
     "DataFlag",
     "Direction",
     "Environment",
@@ -102,6 +103,16 @@ class MemoryReference:
         if direction & ~self.direction:
             raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "an input cannot be passed on as an output, nor back")
         return MemoryReference(direction, self._memory, self._offset, self.capacity if self._memory else self._size)
+
+    @property
+    def memory(self) -> Memory | None:
+        """The client's memory itself (for the TEE, not for TAs)."""
+        return self._memory
+
+    @property
+    def offset(self) -> int:
+        """Where it begins there (for the TEE)."""
+        return self._offset
 
     def told(self, size: int) -> None:
         """What another TA says of its output: the bytes that it wrote, or that it would need (for the TEE)."""
@@ -247,6 +258,15 @@ class Services(Protocol):
     async def work(self, env: Environment, function: Callable[[], Any]) -> Any:
         """Run what takes long beside the TEE."""
 
+    async def ocall(self, env: Environment, function: int, params: Sequence[TaParam], timeout: float | None) -> int:  # noqa: ASYNC109
+        """Ask the client for a function of its."""
+
+    async def borrow(self, env: Environment, size: int) -> Any:
+        """Have memory of the client's."""
+
+    async def give_back(self, env: Environment, borrowed: Any, *, told: bool) -> None:
+        """Give it back; ``told``: the client is told."""
+
 
 class TaSession:
     """A session that a TA has with another one. It ends with the instance that opened it, if not before."""
@@ -281,6 +301,38 @@ class TaSession:
     ) -> None:
         if kind is not GeneratorExit:  # whoever is ended from outside cannot wait; the TEE closes it
             await self.close()
+
+
+class ClientMemory:
+    """Memory that the client has allocated for the TA, while it is held: ``async with env.client_memory(size)``."""
+
+    __slots__ = ("_borrowed", "_env", "_services", "size")
+
+    def __init__(self, env: Environment, services: Services, size: int) -> None:
+        self._env = env
+        self._services = services
+        self._borrowed: Any = None
+        self.size = size  #: bytes
+
+    async def __aenter__(self) -> ClientMemory:
+        self._borrowed = await self._services.borrow(self._env, self.size)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        borrowed, self._borrowed = self._borrowed, None
+        # Whoever is ended from outside cannot wait; what it had is then free with the call.
+        await self._services.give_back(self._env, borrowed, told=kind is not GeneratorExit)
+
+    def reference(self, direction: Direction, offset: int = 0, size: int | None = None) -> MemoryReference:
+        """Some of it (default: all from ``offset`` on), as a parameter of an OCALL, and to read and write. ValueError
+        outside of it, or when it is not held."""
+        size = self.size - offset if size is None else size
+        if self._borrowed is None or offset < 0 or size < 0 or offset + size > self.size:
+            raise ValueError(f"{size} bytes at {offset} of {self.size} bytes of the client's")
+        part = self._borrowed.part(direction, offset, size)
+        return MemoryReference(direction, part.memory, part.offset, size)
 
 
 class Environment:
@@ -339,14 +391,41 @@ class Environment:
         """Wait for ``seconds``. Raises CANCEL as :meth:`checkpoint` does, at once when the cancel comes."""
         await suspend(Sleep(seconds))
 
-    async def rpc(self, command: int, params: list[Param], *, timeout: float | None = None) -> RpcReply:  # noqa: ASYNC109
+    async def rpc(
+        self,
+        command: int,
+        params: list[Param],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        to_client: bool = False,
+    ) -> RpcReply:
         """Ask the normal world for ``command`` and wait for its answer, of which nothing can be trusted.
 
+        :param to_client: ask the client that made the call, not its supplicant; :meth:`ocall` is easier
         :param timeout: seconds after which the RPC is withdrawn and COMMUNICATION raised
         :raises TeeError: CANCEL as :meth:`checkpoint` does; the RPC is then withdrawn
         """
         self.current()
-        return await suspend(CallOut(Rpc(command, params), timeout=timeout))  # type: ignore[no-any-return]
+        rpc = Rpc(command, params, to_client=to_client)
+        return await suspend(CallOut(rpc, timeout=timeout))  # type: ignore[no-any-return]
+
+    async def ocall(self, function: int, params: Sequence[TaParam] = (), *, timeout: float | None = None) -> int:  # noqa: ASYNC109
+        """Have the client that made the current call run ``function`` (32 bits), and wait for what its handler returns:
+        a result code, of which, as of all else that comes back, nothing can be trusted. Outputs are in ``params``.
+
+        Memory in ``params`` is the client's: references of the current call that are registered there, or parts of a
+        :meth:`client_memory`. A direction says what the client does: IN, it reads.
+
+        :param timeout: seconds after which COMMUNICATION is raised
+        :raises TeeError: BAD_PARAMETERS; the handler was not reached: NOT_SUPPORTED where the client has none,
+            COMMUNICATION where it is gone, or closes the session; CANCEL as :meth:`checkpoint`
+        """
+        return await self._services.ocall(self, function, params, timeout)
+
+    def client_memory(self, size: int) -> ClientMemory:
+        """``size`` bytes that the client allocates, in an ``async with``. Entering raises TeeError: OUT_OF_MEMORY, and
+        what :meth:`ocall` raises."""
+        return ClientMemory(self, self._services, size)
 
     async def open_session(self, uuid: UUID, params: Sequence[TaParam] = ()) -> TaSession:
         """A session with another TA, which sees this one as its client: login TRUSTED_APP with this TA's UUID.

@@ -166,9 +166,25 @@ class Device:
         number = self.config.epoch if epoch is None else epoch
         self.finish(EVENT_HEADER.pack(kind, 0, number) + body, Queue.EVENT)
 
-    def send_rpc(self, rpc: int, command: int = RpcCommand.FS, params: Sequence[RawParam] = (), call: int = 0) -> None:
+    def send_rpc(
+        self,
+        rpc: int,
+        command: int = RpcCommand.FS,
+        params: Sequence[RawParam] = (),
+        call: int = 0,
+        *,
+        target: int = 0,
+        context: int = 0,
+    ) -> None:
         body = EVENTS[Event.RPC].codec.pack(
-            rpc=rpc, command=command, target=0, deadline_ms=1, call=call, context=0, session=0, num_params=len(params)
+            rpc=rpc,
+            command=command,
+            target=target,
+            deadline_ms=1,
+            call=call,
+            context=context,
+            session=0,
+            num_params=len(params),
         )
         self.send_event(Event.RPC, body + pack_raw(params))
 
@@ -507,6 +523,60 @@ class TestEvents:
         assert device.take() == [Notification((1 << 32) - 1)]
         device.send_event(Event.NOTIFICATION, b"\1")
         device.run()
+        assert device.dead()
+
+    def ocall_device(self, features: Feature = Feature.INLINE | Feature.RPC | Feature.OCALL) -> Device:
+        device = Device()
+        device.features = int(features)
+        device.start()
+        return device
+
+    @requirement("DRV-OCA-1")
+    def test_an_ocall_is_for_the_client_of_its_call(self) -> None:
+        device = self.ocall_device()
+        session = device.open_session(device.open_context())
+        call = Invoke(session=session, func=0)
+        device.driver.start(call)
+        function: RawParam = (ParamType.VALUE_INOUT | 0x100, 7, 0, 0)
+        device.send_rpc(1, RpcCommand.OCALL, [function], device.request()[0].tag, target=1, context=5)
+        device.run()
+        (rpc,) = device.take()
+        assert isinstance(rpc, Rpc)
+        assert (rpc.call, rpc.to_client, rpc.command) == (call, True, RpcCommand.OCALL)
+        assert rpc.params == [Value(INOUT, 7, meta=True)]
+        # One whose call has been returned meanwhile is nobody's.
+        device.send_rpc(2, RpcCommand.OCALL, [function], 4711, target=1, context=5)
+        device.run()
+        (late,) = device.take()
+        assert isinstance(late, Rpc)
+        assert (late.call, late.to_client) == (None, True)
+
+    @requirement("DRV-OCA-1")
+    @pytest.mark.fault("hostile-device")
+    @pytest.mark.parametrize(
+        ("features", "command", "target", "context", "region"),
+        [
+            (Feature.RPC, RpcCommand.OCALL, 1, 5, 0),  # not negotiated
+            (Feature.RPC | Feature.OCALL, RpcCommand.OCALL, 0, 5, 0),  # the supplicant's
+            (Feature.RPC | Feature.OCALL, RpcCommand.FS, 1, 5, 0),
+            (Feature.RPC | Feature.OCALL, RpcCommand.OCALL, 2, 5, 0),
+            (Feature.RPC | Feature.OCALL, RpcCommand.OCALL, 1, 6, 0),  # another context
+            (Feature.RPC | Feature.OCALL, RpcCommand.OCALL, 1, 5, 9),  # another client's memory
+        ],
+    )
+    def test_ocalls_that_make_no_sense(
+        self, features: Feature, command: int, target: int, context: int, region: int
+    ) -> None:
+        device = self.ocall_device(features)
+        session = device.open_session(device.open_context())
+        device.register(device.open_context_with(6))
+        device.driver.start(Invoke(session=session, func=0))
+        params: list[RawParam] = [(ParamType.VALUE_INOUT | 0x100, 7, 0, 0)]
+        if region:
+            params.append((ParamType.MEMREF_INOUT, 0, 16, region))
+        device.send_rpc(1, command, params, device.request()[0].tag, target=target, context=context)
+        device.run()
+        assert not any(isinstance(one, Rpc) for one in device.events)
         assert device.dead()
 
     @requirement("DRV-RPC-7")

@@ -14,7 +14,7 @@ from device.machines import LifeState
 from device.messages import EVENT_HEADER, EVENTS, REQUESTS, RESPONSE_HEADER
 from device.params import PARAM_SIZE, RawParam, pack_raw, padded, unpack_raw
 from device.requests import pack_request, response_size
-from device.wire import Event, Feature, ParamType, Queue, Request, Status
+from device.wire import Event, Feature, ParamType, Queue, Request, RpcTarget, Status
 from host_backend.device import TeeDevice
 from host_backend.router import Router
 from host_backend.trace import Trace
@@ -311,6 +311,7 @@ class Guest:
         self.sent: list[Sent] = []
         self.withdrawn: list[int] = []
         self.notified: list[int] = []
+        self.for_clients: set[int] = set()
         self.device.link = self.link
         self.device.connected(self.link)
         self.start(buffers)
@@ -527,6 +528,9 @@ class Guest:
             at = EVENT_HEADER.size + EVENTS[Event.RPC].codec.size
             params = unpack_raw(data, at, body.num_params)
             assert len(data) == at + PARAM_SIZE * body.num_params
+            assert body.target in (RpcTarget.SUPPLICANT, RpcTarget.CLIENT)
+            if body.target == RpcTarget.CLIENT:
+                self.for_clients.add(body.rpc)
             seen.append(
                 RpcSeen(body.rpc, body.command, body.deadline_ms, body.call, body.context, body.session, params)
             )

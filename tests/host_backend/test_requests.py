@@ -51,7 +51,7 @@ class TestConfig:
 
     @requirement("DEV-FEA-2")
     def test_it_offers_what_it_serves(self, guest: Guest) -> None:
-        assert guest.device.features == int(Feature.INLINE | Feature.RPC | Feature.NOTIFICATION)
+        assert guest.device.features == int(Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION)
 
 
 class TestFraming:

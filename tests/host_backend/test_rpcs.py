@@ -10,7 +10,7 @@ import pytest
 from device.config import Limits
 from device.params import RawParam
 from device.requests import STATUS_RESULT
-from device.wire import NULL_REGION, RPC_OCALL, Feature, ParamType, Queue, RegionFlag, Request, Status
+from device.wire import NULL_REGION, Feature, ParamType, Queue, RegionFlag, Request, Status
 from host_backend.router import ROUTES, Route
 from host_backend.rpcs import MAX_PAUSE
 from tee import package
@@ -214,7 +214,7 @@ class TestAnswers:
     @requirement("DEV-RPC-7", "DEV-OCA-2")
     def test_never_sent(self, guest: Guest, context: int, session: int) -> None:
         refused = {c for c, route in ROUTES.items() if route is Route.REFUSED}
-        for command in (*refused, RpcCommand.BENCH_REG, RPC_OCALL, 999):
+        for command in (*refused, RpcCommand.BENCH_REG, RpcCommand.OCALL, 999):
             assert guest.invoke(context, session, command).ret == Result.NOT_SUPPORTED
         assert guest.events() == []
 

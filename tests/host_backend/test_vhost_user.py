@@ -231,7 +231,7 @@ class TestOffers:
     @requirement("DEV-FEA-3", "DEV-FEA-2")
     def test_a_feature_that_is_not_offered(self, host: Host) -> None:
         machine = host.machine(start=False)
-        assert machine.vmm.ack(F.SET_FEATURES, U64.pack(machine.vmm.features | Feature.OCALL)) == 1
+        assert machine.vmm.ack(F.SET_FEATURES, U64.pack(machine.vmm.features | Feature.ENCLAVES)) == 1
 
     @requirement("DEV-QUE-1")
     @pytest.mark.parametrize("queues", [1, 2, 3])
