@@ -24,6 +24,16 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+SCENARIOS = ("main", "ocall", "grpc")
+
+
+def scenario_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --scenario; the command gets ``name``."""
+    return click.option(
+        "--scenario", "name", type=click.Choice(SCENARIOS), default="main", show_default=True, help="What is done."
+    )(command)
+
+
 def open_driver(socket: str | None, pci: str | None) -> VirtioTeeDriver:
     """The driver of the chosen device. Raises click.ClickException that says what to do."""
     from guest_driver.core import DRIVER_FEATURES, VirtioTeeDriver

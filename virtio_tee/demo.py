@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from tee.soft.examples import UUIDS, source
-from virtio_tee.attach import FOLDER, open_driver, supplicant_of, ta_folders
+from virtio_tee.attach import FOLDER, open_driver, scenario_option, supplicant_of, ta_folders
 from virtio_tee.outcome import Outcome, from_events, from_trace, show
 
 GUEST_TIMEOUT_S = 60
@@ -30,6 +30,7 @@ THE_ONLY_ONE = "auto"
     show_default=True,
     help="How the guest reaches the TEE: its virtio-tee device, or OP-TEE over FF-A.",
 )
+@scenario_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
 @click.option(
     "--device",
@@ -61,6 +62,7 @@ THE_ONLY_ONE = "auto"
 )
 def demo(
     path: str,
+    name: str,
     as_json: bool,
     device: str | None,
     ta_places: tuple[Path, ...],
@@ -76,6 +78,9 @@ def demo(
     With --path ffa the same over the model of FF-A, in one process: hypervisor, SPMC, and OP-TEE's partition with the
     software TEE behind it.
 
+    Scenarios: main, as above; ocall, a TA calls the client that called it; grpc, the same by way of the generic RPC
+    pseudo-TA.
+
     Inside a guest, --device runs the same on the real device: the TAs hello_world, random and probe, signed by a key
     that the backend trusts, have to lie in the guest's folder.
 
@@ -86,13 +91,13 @@ def demo(
             raise click.UsageError("--device is on the virtio path")
         if folder or without:
             raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
-        outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places)
+        outcome = _on_device(name, None if device == THE_ONLY_ONE else device, ta_places)
     else:
         if ta_places:
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
         with ExitStack() as stack:
             where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without)
+            outcome = (_over_ffa if path == "ffa" else _two_processes)(name, where, without)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
@@ -100,22 +105,23 @@ def demo(
     sys.exit(0 if outcome.result == "ok" else 1)
 
 
-def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
+def _on_device(name: str, address: str | None, folders: tuple[Path, ...]) -> Outcome:
     """In this process, on the PCI device; the driver counts requests and RPCs, where they leave and arrive."""
     from tee.driver import TeeKind
     from tee.io.runtime import TeeRuntime
     from tee.io.supplicant import Services
     from virtio_tee import scenario
+    from virtio_tee.report import Report
 
     found = ta_folders(folders)
     if not found:
         raise click.UsageError("no TAs: put those that the backend trusts into /lib/optee_armtz, or say --ta-folder")
     start = time.monotonic()
-    report = scenario.Report()
+    report = Report()
     supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
-            scenario.run(scenario.main_job, runtime, report)
+            scenario.run(scenario.SCENARIOS[name], runtime, report)
         kind = driver.info.kind
     seen = report.as_json()
     return Outcome(
@@ -128,7 +134,7 @@ def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
     )
 
 
-def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _over_ffa(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:
     """In this process; the driver counts requests and RPCs, where they leave and arrive."""
     import secrets
 
@@ -139,12 +145,13 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
     from virtio_tee import scenario
     from virtio_tee.ffa_vm import ffa_driver
     from virtio_tee.keys import public_key
+    from virtio_tee.report import Report
 
     start = time.monotonic()
     tas = _prepare(folder)
-    for name in without:
-        (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
-    outcome, report = Outcome(path="ffa"), scenario.Report()
+    for ta in without:
+        (tas / f"{UUIDS[ta]}.ta").unlink(missing_ok=True)
+    outcome, report = Outcome(path="ffa"), Report()
     tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, keys=[public_key(folder / "vendor.pem")])
     try:
         driver = ffa_driver(tee)
@@ -156,7 +163,7 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
         closing(driver),
         TeeRuntime(driver, supplicant, report.observe) as runtime,
     ):
-        scenario.run(scenario.main_job, runtime, report)
+        scenario.run(scenario.SCENARIOS[name], runtime, report)
     outcome.why = report.why and report.why + _missing_tas(tas, without)
     outcome.steps = report.as_json()["steps"]
     outcome.requests = from_events(report.events, "start", "done")
@@ -165,13 +172,13 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
     return outcome
 
 
-def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _two_processes(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:
     """The backend counts requests and RPCs, where they arrive and leave."""
     start = time.monotonic()
     outcome = Outcome()
     tas = _prepare(folder)
-    for name in without:
-        (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
+    for ta in without:
+        (tas / f"{UUIDS[ta]}.ta").unlink(missing_ok=True)
     trace = folder / "trace.json"
     with tempfile.TemporaryDirectory(prefix="vtee-") as sockets:
         socket = Path(sockets) / "tee.sock"
@@ -193,7 +200,18 @@ def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
         try:
             _wait_until_ready(backend)
             guest = subprocess.run(
-                [*_SELF, "guest", "demo", "--socket", str(socket), "--ta-folder", str(tas), "--json"],
+                [
+                    *_SELF,
+                    "guest",
+                    "demo",
+                    "--scenario",
+                    name,
+                    "--socket",
+                    str(socket),
+                    "--ta-folder",
+                    str(tas),
+                    "--json",
+                ],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

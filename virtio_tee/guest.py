@@ -11,7 +11,7 @@ from uuid import UUID
 
 import click
 
-from virtio_tee.attach import device_options, open_driver, service_options, supplicant_of
+from virtio_tee.attach import device_options, open_driver, scenario_option, service_options, supplicant_of
 from virtio_tee.logs import verbose_option
 
 if TYPE_CHECKING:
@@ -63,21 +63,23 @@ def info(socket: str | None, pci: str | None, as_json: bool) -> None:
 @guest.command()
 @device_options
 @service_options
+@scenario_option
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
-def demo(socket: str | None, pci: str | None, services: Services, as_json: bool) -> None:
-    """Run the demo's guest side: load three TAs over RPC, call them with values and memory.
+def demo(socket: str | None, pci: str | None, services: Services, name: str, as_json: bool) -> None:
+    """Run the demo's guest side: load TAs over RPC, call them with values and memory.
 
     Exit status 1: a step failed.
     """
     from tee.io.runtime import TeeRuntime
     from virtio_tee import scenario
+    from virtio_tee.report import Report
 
-    report = scenario.Report()
+    report = Report()
     supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
     with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
-        scenario.run(scenario.main_job, runtime, report)
+        scenario.run(scenario.SCENARIOS[name], runtime, report)
     driver.close()
     if as_json:
         click.echo(json.dumps(report.as_json()))

@@ -81,7 +81,7 @@ def from_trace(trace: Sequence[dict[str, Any]], lane: str) -> list[Exchange]:
 
 
 def from_events(events: Sequence[dict[str, Any]], begin: str, end: str, answered_by: str = "") -> list[Exchange]:
-    """Of what a driver's observer has noted (:class:`virtio_tee.scenario.Report`), what begins and ends so."""
+    """Of what a driver's observer has noted (:class:`virtio_tee.report.Report`), what begins and ends so."""
     begun: dict[int, float] = {}
     found: list[Exchange] = []
     for event in events:

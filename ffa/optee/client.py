@@ -24,6 +24,8 @@ from ffa.abi.ids import Call as Ffa
 from ffa.abi.messages import parse_infos, uuid_to_words
 from ffa.optee.msg import (
     API_VERSION,
+    CANCEL_RESUME,
+    CLIENT_COMMANDS,
     HEADER_SIZE,
     META_PARAMS,
     NOTIFY_SEND,
@@ -75,6 +77,8 @@ POLL_S = 0.05
 """Seconds between looks for notifications while a context is open."""
 LOOK_S = 0.001
 """… after the partition has worked for this VM, which is when most are raised. A look costs as much as a call."""
+CLIENT_S = 10.0
+"""Seconds that a client has to answer its TA."""
 UNREGISTER_TRIES = 1000
 """How often the partition is asked to give memory back."""
 
@@ -126,6 +130,7 @@ class FfaRegion:
     send: Frame | None = None  #: the request to work on the message in it, if that is what it is for
 
 
+_OF_CLIENTS: dict[int, RpcCommand] = {wire: RpcCommand(command) for command, wire in CLIENT_COMMANDS.items()}
 _NOTHING = Frame()
 _NO_MEMORY: Callable[[Memory], int] = lambda memory: 0  # noqa: E731
 _REQUEST, _RESPONSE = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_RESP)
@@ -179,8 +184,13 @@ class FfaTeeDriver:
         *,
         now: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
+        client_s: float = CLIENT_S,
     ) -> None:
-        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970. ``clock`` counts seconds."""
+        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970. ``clock`` counts seconds;
+        ``client_s`` of them has a client to answer what its TA asks it: meanwhile that has a thread of OP-TEE's, which
+        nobody can take from it."""
+        self._client_s = client_s
+        self._asking: dict[Rpc, float] = {}  #: of clients, and until when
         self._endpoint = endpoint
         self._pages = pages
         self._now = now
@@ -365,6 +375,7 @@ class FfaTeeDriver:
         flight = self._rpcs.pop(rpc, None)
         if flight is None:
             return
+        self._asking.pop(rpc, None)
         try:
             code, wires = reply.code, self._reply_wires(rpc, reply)
             pack_params(wires)
@@ -376,11 +387,12 @@ class FfaTeeDriver:
             if rpc.command == RpcCommand.SHM_ALLOC and code == Result.SUCCESS:
                 self._lent.update(p.memory for p in reply.params if isinstance(p, MemRef) and p.memory is not None)
         flight.rpc = None
-        self._answer(flight, code, wires)
+        self._answer(flight, code, wires, reply.origin)
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
         progress = self._look_for_notifications() if self._bit else False
+        due = self._give_up_clients() if self._asking else None
         for flights in (self._runnable, self._waiting):
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
@@ -401,8 +413,25 @@ class FfaTeeDriver:
         if progress:
             return 0.0
         if not self._bit or not self._contexts:
-            return None
-        return max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
+            return due
+        look = max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
+        return look if due is None else min(look, due)
+
+    def _give_up_clients(self) -> float | None:
+        """Those that have had their time; seconds until the next one has."""
+        for rpc in [rpc for rpc, until in self._asking.items() if until <= self._clock()]:
+            log.warning("a client has not answered its TA in %g s", self._client_s)
+            self._withdraw(self._rpcs[rpc])
+        return max(min(self._asking.values()) - self._clock(), 0.0) if self._asking else None
+
+    def _withdraw(self, flight: _Flight) -> None:
+        """Nobody in the VM answers what the partition asks any more: OP-TEE's thread goes on without."""
+        rpc, flight.rpc = flight.rpc, None
+        if rpc is not None:
+            del self._rpcs[rpc]
+            self._asking.pop(rpc, None)
+            self._ready.append(RpcWithdrawn(rpc))
+            self._answer(flight, Result.COMMUNICATION, [])
 
     def close(self) -> None:
         """Ends the use of the partition: all calls end, messages' pages are taken back."""
@@ -705,6 +734,8 @@ class FfaTeeDriver:
             if answer[4] == _DONE:
                 message = self._outcome(flight)
                 self._end(flight, message.ret, message.ret_origin, message.session)
+                if flight.message.cmd == Command.CANCEL and message.func == CANCEL_RESUME:
+                    self._cancelled_in_rpc(flight.message)
                 return True
             flight.frame = self._request(Service.RESUME, 0, 0, 0, answer[7])
             if answer[4] == Yield.INTERRUPT:
@@ -717,6 +748,12 @@ class FfaTeeDriver:
             log.warning("OP-TEE gives an answer that makes no sense: %s", e)
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
         return True
+
+    def _cancelled_in_rpc(self, cancel: Message) -> None:
+        """OP-TEE does not wait for what the cancelled call has asked: it is to be resumed."""
+        for flight in list(self._rpcs.values()):
+            if (flight.message.session, flight.message.cancel_id) == (cancel.session, cancel.cancel_id):
+                self._withdraw(flight)
 
     def _outcome(self, flight: _Flight) -> Message:
         """The message as it came back, its outputs given. Raises MessageError: it makes no sense; nothing is given."""
@@ -743,6 +780,7 @@ class FfaTeeDriver:
                 flights.remove(flight)
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
+            self._asking.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
@@ -786,7 +824,8 @@ class FfaTeeDriver:
             raise MessageError(Result.COMMUNICATION, f"an RPC with {message.num_params} parameters")
         size = message_size(message.num_params) - HEADER_SIZE
         wires = unpack_params(flight.page.memory.read(at + HEADER_SIZE, size))
-        command = message.cmd
+        client = _OF_CLIENTS.get(message.cmd)
+        command = message.cmd if client is None else client
         try:
             params = self._rpc_params_of(command, wires)
         except MessageError as e:
@@ -797,8 +836,10 @@ class FfaTeeDriver:
         if own is not None:
             self._answer(flight, own.code, [to_wire(p, self._handle) for p in own.params] or wires)
             return
-        flight.rpc = rpc = Rpc(command, params, flight.call)
+        flight.rpc = rpc = Rpc(command, params, flight.call, client is not None)
         self._rpcs[rpc] = flight
+        if client is not None:
+            self._asking[rpc] = self._clock() + self._client_s
         self._ready.append(rpc)
 
     def _rpc_params_of(self, command: int, wires: list[Wire]) -> list[Param]:
@@ -860,10 +901,10 @@ class FfaTeeDriver:
             raise MessageError(Result.BAD_PARAMETERS, "an answer with another number of parameters")
         return [to_wire(param, self._handle) for param in params]
 
-    def _answer(self, flight: _Flight, code: int, wires: list[Wire]) -> None:
+    def _answer(self, flight: _Flight, code: int, wires: list[Wire], origin: int = Origin.COMMS) -> None:
         assert flight.page is not None
         at = message_size(len(flight.wires))
-        message = Message(0, ret=code & 0xFFFF_FFFF, ret_origin=Origin.COMMS, num_params=len(wires))
+        message = Message(0, ret=code & 0xFFFF_FFFF, ret_origin=origin, num_params=len(wires))
         flight.page.memory.write(at, message.pack() + pack_params(wires))
         self._runnable.append(flight)
 

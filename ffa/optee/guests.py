@@ -23,6 +23,7 @@ class Limits:
     regions: int = 512  #: regions of memory that are retrieved
     sessions: int = 256
     notifications: int = 64  #: values that wait for DO_BOTTOM_HALF
+    rpc_params: int = 4  #: of the RPC argument behind each message, as with OP-TEE; an OCALL's function is one of them
 
 
 @dataclass(slots=True, eq=False)

@@ -20,6 +20,8 @@ from ffa.abi.ids import Call as Ffa
 from ffa.optee.guests import Ask, Guest, Limits, Session, Shm, Thread
 from ffa.optee.msg import (
     API_VERSION,
+    CANCEL_RESUME,
+    CLIENT_COMMANDS,
     HEADER_SIZE,
     MAX_NOTIFICATION,
     META_PARAMS,
@@ -65,8 +67,6 @@ from tee.rpc import Rpc, RpcCommand, RpcReply, ShmType
 
 log = logging.getLogger(__name__)
 
-RPC_PARAMS = 4
-"""Parameters of the RPC argument behind each message."""
 RUNS = 64
 """How often the TEE is run for one direct request, at most."""
 OS_VERSION = (4, 10, 0)
@@ -95,6 +95,8 @@ class OpteePartition(Endpoint):
         super().__init__(id, machine, uuid=OPTEE_UUID, properties=properties, version=version)
         self.tee = tee
         self.limits = limits or Limits()
+        self._rpc_params = self.limits.rpc_params
+        self._rpc_arg_size = message_size(self._rpc_params)
         self.guests: dict[int, Guest] = {}
         self._threads: dict[int, Thread] = {}
         self._idents = itertools.count(1)
@@ -176,7 +178,7 @@ class OpteePartition(Endpoint):
         return OS_VERSION
 
     def _exchange(self, guest: Guest, x: Frame) -> Words:
-        return 0, RPC_PARAMS, Capability.ARG_OFFSET | Capability.ASYNC_NOTIF, MAX_NOTIFICATION
+        return 0, self._rpc_params, Capability.ARG_OFFSET | Capability.ASYNC_NOTIF, MAX_NOTIFICATION
 
     def _enable_notifications(self, guest: Guest, x: Frame) -> Words:
         if x[4] > MAX_NOTIFICATION:
@@ -391,7 +393,7 @@ class OpteePartition(Endpoint):
         message = Message.unpack(memory.read(at, HEADER_SIZE))
         count = message.num_params
         end = at + HEADER_SIZE + count * PARAM_SIZE
-        if count > META_PARAMS + TEE_PARAMS or end + _RPC_ARG_SIZE > memory.size:
+        if count > META_PARAMS + TEE_PARAMS or end + self._rpc_arg_size > memory.size:
             raise MessageError(_BAD, f"a message with {count} parameters at {at} of {memory.size} bytes")
         # there is always one for a CANCEL, which ends at once
         full = len(guest.threads) >= self.limits.threads_per_vm or len(self._threads) >= self.limits.threads
@@ -522,6 +524,9 @@ class OpteePartition(Endpoint):
             if message.cancel_id == wanted.cancel_id:
                 if other.call is not None:
                     self.tee.cancel(other.call)
+                    self._work()
+                    if other.asked is not None and other.asked.withdrawn:
+                        wanted.func = CANCEL_RESUME
                 elif other.then is not None:
                     then, other.then = other.then, None
                     then(Result.CANCEL)
@@ -560,9 +565,10 @@ class OpteePartition(Endpoint):
         guest, rpc = thread.guest, ask.rpc
         try:
             wires = self._question(guest, rpc) if ask.own is None else ask.own
-            if len(wires) > RPC_PARAMS:
+            if len(wires) > self._rpc_params:
                 raise MessageError(Result.NOT_SUPPORTED, f"an RPC with {len(wires)} parameters")
-            data = Message(rpc.command, num_params=len(wires)).pack() + pack_params(wires)
+            command = CLIENT_COMMANDS[rpc.command] if rpc.to_client else rpc.command
+            data = Message(command, num_params=len(wires)).pack() + pack_params(wires)
         except MessageError as e:
             log.warning("an RPC of the TEE cannot be sent: %s", e)
             if ask.own is None:
@@ -591,7 +597,7 @@ class OpteePartition(Endpoint):
         message = Message.unpack(memory.read(thread.rpc_at, HEADER_SIZE))
         try:
             count = message.num_params
-            if count > RPC_PARAMS:
+            if count > self._rpc_params:
                 raise MessageError(Result.COMMUNICATION, f"an answer with {count} parameters")
             wires = unpack_params(memory.read(thread.rpc_at + HEADER_SIZE, message_size(count) - HEADER_SIZE))
             if rpc.command == RpcCommand.SHM_ALLOC:
@@ -602,7 +608,7 @@ class OpteePartition(Endpoint):
             if rpc.command == RpcCommand.SHM_FREE:
                 reply = RpcReply(message.ret)
             else:
-                reply = RpcReply(message.ret, take_outputs(rpc.params, wires, message.ret))
+                reply = RpcReply(message.ret, take_outputs(rpc.params, wires, message.ret), message.ret_origin)
         except MessageError as e:
             log.debug("vm %s: answer refused: %s", thread.guest.vm, e)
             reply = RpcReply(Result.COMMUNICATION)
@@ -718,7 +724,6 @@ class OpteePartition(Endpoint):
 _CANCELLED = frozenset({Command.OPEN_SESSION, Command.INVOKE_COMMAND})
 _REQUESTS = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)
 _INVOKE = int(Command.INVOKE_COMMAND)
-_RPC_ARG_SIZE = message_size(RPC_PARAMS)
 _DONE: Words = (0, int(Yield.DONE))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from device.config import Limits
+from ffa.optee.client import FfaTeeDriver
 from guest_driver.client import (
     CallError,
     CancelToken,
@@ -31,6 +32,7 @@ from tee.results import Origin, Result, TeeError
 from tee.rpc import GRPC_UUID
 from tee.soft import SoftTee, examples
 from tests.guest_driver.live import live
+from virtio_tee.ffa_vm import ffa_driver
 
 OCALL, PROBE = examples.UUIDS["ocall"], examples.UUIDS["probe"]
 CALL, LEND, GRPC, MANY, CANCEL, TIMED = range(6)
@@ -48,6 +50,12 @@ class Machine:
             self.tee = device.tee
             driver = device.driver()
             self._stack.callback(driver.close)
+        elif path == "ffa":
+            self.tee = SoftTee(
+                clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in(), threads=threads
+            )
+            driver = ffa_driver(self.tee, client_s=1.0)
+            self._stack.callback(driver.close)
         else:
             self.tee = driver = SoftTee(
                 clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in(), threads=threads
@@ -60,10 +68,13 @@ class Machine:
         self.runtime.close()
         assert not any(self.driver.usage().values()), self.driver.usage()
         self._stack.close()
-        assert not any(self.tee.usage().values()), self.tee.usage()
+        usage = self.tee.usage()
+        if isinstance(self.driver, FfaTeeDriver):  # the VM's own context stays as long as the VM
+            assert usage.pop("contexts") == 1
+        assert not any(usage.values()), usage
 
 
-@pytest.fixture(params=["direct", "virtio"])
+@pytest.fixture(params=["direct", "virtio", "ffa"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     made: list[Machine] = []
 

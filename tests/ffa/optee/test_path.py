@@ -18,6 +18,7 @@ from tee.soft import SoftTee, examples
 from tests.ffa.optee.bench import Path, soft_tee
 from virtio_tee import scenario
 from virtio_tee.attach import supplicant_of
+from virtio_tee.report import Report
 
 HELLO, PROBE = examples.UUIDS["hello_world"], examples.UUIDS["probe"]
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
@@ -44,7 +45,7 @@ def test_the_demo(tmp_path: Folder) -> None:
         (tmp_path / f"{uuid}.ta").write_bytes(package.sign(examples.source(name), uuid, 1, KEYS.private))
     path = Path(soft_tee(built_in={}, keys=[KEYS.public]))
     driver = path.driver().driver
-    report = scenario.Report()
+    report = Report()
     supplicant = supplicant_of(Services(ta_folders=(str(tmp_path),)))
     with TeeRuntime(driver, supplicant, report.observe) as runtime:
         scenario.run(scenario.main_job, runtime, report)
