@@ -13,7 +13,8 @@ READY := $(VENV)/.ready
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
-	@echo 'make long-test  1,000,000 fuzzed FF-A calls with a check of every page after each; backends killed 100 times'
+	@echo 'make long-test  1,000,000 fuzzed FF-A calls with a check of every page after each; 6,000 rounds of OCALLs'
+	@echo '               that end badly; backends killed 100 times'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
@@ -39,6 +40,7 @@ test: $(READY)
 long-test: $(READY)
 	$(RUN) -m ffa.fuzz 1000000
 	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m pytest -q -m long
 	VIRTIO_TEE_LONG=1 $(RUN) -m pytest -q -m lab tests/lab/test_unpatched_qemu.py
 
 check: $(READY)
