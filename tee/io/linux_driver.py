@@ -349,8 +349,7 @@ class LinuxTeeDriver:
         with context.lock:
             context.closing = True
         context.closer = call
-        for flight in tuple(context.flights):
-            self._cancel(flight)
+        self._cancel(*context.flights)
         self._go_on_closing(context)
 
     def _go_on_closing(self, context: Context) -> None:
@@ -519,15 +518,16 @@ class LinuxTeeDriver:
             self._close_if_unused(session)
         self._go_on_closing(context)
 
-    def _cancel(self, flight: _Flight) -> None:
-        if flight.cancelled:
-            return
-        flight.cancelled = True
-        assert flight.job is not None
-        if self._pool.take_back(flight.context.vm, flight.job):
-            self.post(lambda: self._land(flight, _Outcome(Result.CANCEL, Origin.COMMS)))
-        else:
-            self._cancels.put(lambda: self._cancel_attempt(flight))
+    def _cancel(self, *flights: _Flight) -> None:
+        running = [flight for flight in flights if not flight.cancelled]
+        for flight in running:  # all, before one that ends leaves its thread to another
+            flight.cancelled = True
+        for flight in running:
+            assert flight.job is not None
+            if self._pool.take_back(flight.context.vm, flight.job):
+                self.post(partial(self._land, flight, _Outcome(Result.CANCEL, Origin.COMMS)))
+            else:
+                self._cancels.put(partial(self._cancel_attempt, flight))
 
     def _cancel_attempt(self, flight: _Flight) -> bool:
         """On the thread for cancels."""
@@ -543,9 +543,7 @@ class LinuxTeeDriver:
     def _close_session(self, call: CloseSession) -> None:
         session = self._session(call.session)
         session.closer = call
-        for flight in tuple(session.context.flights):
-            if flight.session is session:
-                self._cancel(flight)
+        self._cancel(*(flight for flight in session.context.flights if flight.session is session))
         self._close_if_unused(session)
 
     def _close_if_unused(self, session: Session) -> None:
