@@ -363,7 +363,7 @@ class TestMemory:
         assert set(ta.looked) == {bytes(6000)}
 
     def test_only_what_was_answered_is_copied_back(self, bench: Bench) -> None:
-        context, session = bench.opened()
+        _, session = bench.opened()
         data = bytearray(b"\x22" * 100)
         assert bench.invoke(session, FILL, MemRef(OUT, Memory.of(data), 10, 50), Value(IN, 8)).code == Result.SUCCESS
         assert bytes(data) == b"\x22" * 10 + b"\x5a" * 8 + b"\x22" * 82
@@ -583,7 +583,7 @@ class TestEnds:
         assert len(kernel.sessions) == 1
 
     def test_a_session_that_the_kernel_does_not_close(self, bench: Bench, kernel: FakeKernel) -> None:
-        context, session = bench.opened()
+        _, session = bench.opened()
         kernel.fail[Ioctl.CLOSE_SESSION] = errno.EINVAL
         assert bench.call(CloseSession(session=session)).code == Result.SUCCESS
         kernel.fail.clear()
