@@ -13,7 +13,7 @@ from lab.driven import DrivenGuest
 from tests.lab import test_linux_driver as driver
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, step, supplicant, uml_guest
-from tests.lab.tee_device import (  # noqa: F401
+from tests.lab.tests_on_tee0 import (  # noqa: F401
     test_a_backend_on_tee0,
     test_invoke_on_tee0,
     test_many_guests_on_tee0,

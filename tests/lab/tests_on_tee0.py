@@ -45,7 +45,7 @@ def test_invoke_on_tee0(served: DrivenGuest) -> None:
     assert json.loads(said.stdout) == [[42, 0, 0]]
 
 
-@pytest.mark.feature("Linux TEE: `serve --tee linux` on a real /dev/tee0: calls, memory in place and copied")
+@pytest.mark.feature("Linux TEE: `serve --tee linux` on a real /dev/tee0, with all kinds of calls and memory")
 def test_a_backend_on_tee0(served: DrivenGuest) -> None:
     with_zero_copy, without = step(served, "nested")
     same = {
