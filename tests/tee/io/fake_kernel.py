@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,50 @@ class Running:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-Ta = Callable[[Running, int, list[Seen]], int]
+FLIP, ADD, WAIT, SHORT, LOOK, FAIL, FILL = range(7)
+
+
+class Ta:
+    """Commands: FLIP all memory, ADD values, WAIT to be cancelled or ``go``, ask for more (SHORT), LOOK at the memory
+    around, FAIL, FILL outputs with a byte."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.inside: deque[int] = deque()
+        """a of the first value of each WAIT that has begun."""
+        self.looked: list[bytes] = []
+        self.deaf = False
+        """It does not listen to cancels."""
+
+    def __call__(self, running: Running, func: int, seen: list[Seen]) -> int:
+        memory = [one for one in seen if one.kind >= 5]
+        if func == FLIP:
+            for one in memory:
+                assert one.data is not None
+                one.data[:] = bytes(byte ^ 0xFF for byte in bytes(one.data))
+        elif func == ADD:
+            seen[1].a, seen[1].b, seen[1].c = seen[0].a + 1, seen[0].b + 1, seen[0].c + 1
+        elif func == WAIT:
+            self.inside.append(seen[0].a)
+            while not self.go.is_set():
+                if running.cancelled.wait(0.002) and not self.deaf:
+                    return Result.CANCEL
+            for one in memory:
+                assert one.data is not None
+                one.data[:] = b"\x77" * len(one.data)
+        elif func == SHORT:
+            seen[0].size = 1000
+            return Result.SHORT_BUFFER
+        elif func == LOOK:
+            assert memory[0].data is not None
+            self.looked.append(bytes(memory[0].data))
+        elif func == FAIL:
+            return 0x1234
+        elif func == FILL:
+            assert memory[0].data is not None
+            memory[0].data[: seen[1].a] = b"\x5a" * seen[1].a
+            memory[0].size = seen[1].a
+        return Result.SUCCESS
 
 
 class FakeKernel:

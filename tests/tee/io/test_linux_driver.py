@@ -7,7 +7,6 @@ import mmap
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -38,53 +37,11 @@ from tee.memory import Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcReply
-from tests.tee.io.fake_kernel import CAPS, PAGE, FakeKernel, Running, Seen, scattered
+from tests.tee.io.fake_kernel import ADD, CAPS, FAIL, FILL, FLIP, LOOK, PAGE, SHORT, WAIT, FakeKernel, Ta, scattered
 
 IN, OUT, INOUT = Direction.IN, Direction.OUT, Direction.INOUT
 UUID_1 = UUID(int=1)
-FLIP, ADD, WAIT, SHORT, LOOK, FAIL, FILL = range(7)
 PATIENCE = 10
-
-
-class Ta:
-    """Commands: FLIP all memory, ADD values, WAIT to be cancelled or ``go``, ask for more (SHORT), LOOK at the memory
-    around, FAIL, FILL outputs with a byte."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-        self.inside: deque[int] = deque()
-        """a of the first value of each WAIT that has begun."""
-        self.looked: list[bytes] = []
-
-    def __call__(self, running: Running, func: int, seen: list[Seen]) -> int:
-        memory = [one for one in seen if one.kind >= 5]
-        if func == FLIP:
-            for one in memory:
-                assert one.data is not None
-                one.data[:] = bytes(byte ^ 0xFF for byte in bytes(one.data))
-        elif func == ADD:
-            seen[1].a, seen[1].b, seen[1].c = seen[0].a + 1, seen[0].b + 1, seen[0].c + 1
-        elif func == WAIT:
-            self.inside.append(seen[0].a)
-            while not self.go.is_set():
-                if running.cancelled.wait(0.002):
-                    return Result.CANCEL
-            for one in memory:
-                assert one.data is not None
-                one.data[:] = b"\x77" * len(one.data)
-        elif func == SHORT:
-            seen[0].size = 1000
-            return Result.SHORT_BUFFER
-        elif func == LOOK:
-            assert memory[0].data is not None
-            self.looked.append(bytes(memory[0].data))
-        elif func == FAIL:
-            return 0x1234
-        elif func == FILL:
-            assert memory[0].data is not None
-            memory[0].data[: seen[1].a] = b"\x5a" * seen[1].a
-            memory[0].size = seen[1].a
-        return Result.SUCCESS
 
 
 @pytest.fixture
@@ -562,9 +519,8 @@ class TestEnds:
         """The call ends by itself, after its context was to close."""
         data = bytearray(b"\x33" * 100)
         context, session = bench.opened("a")
+        ta.deaf = True
         call = bench.waiting(session, ta, 1, MemRef(INOUT, Memory.of(data), 0, 100))
-        flight = bench.driver._flights[call]
-        flight.cancelled = True  # the TEE does not listen
         closing = bench.begin(CloseContext(context=context))
         ta.go.set()
         bench.wait(closing)
