@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from device.machines import LifeState
+from device.wire import ParamType
 from guest_driver.client import CallError, Context, TempInOut, ValueIn
 from host_backend.trace import Recorder
+from pyvhost.memory import GuestMemory
 from tee.calls import Login
 from tee.io.linux_driver import LinuxTeeDriver
 from tee.io.runtime import TeeRuntime
 from tee.params import Direction
 from tee.results import Origin, Result, TeeError
 from tests.guest_driver.live import live
+from tests.host_backend.bench import RAM, Bench, StartedOnly
 from tests.tee.io.fake_kernel import FLIP, WAIT, FakeKernel, Ta
 
 PATIENCE = 10
@@ -126,6 +129,24 @@ def test_what_may_have_run(tmp_path: Path, kernel: FakeKernel) -> None:
             kernel._invoke = real  # type: ignore[method-assign]
             session.invoke(FLIP)
         driver.close()
+
+
+def test_pages_that_a_call_has_written_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has ended, before its answer is there; those that it could only read are not."""
+    monkeypatch.setattr(Bench, "tee_type", StartedOnly)
+    bench = Bench()
+    guest = bench.guest()
+    written: list[tuple[int, int]] = []
+    regions = guest.memory.regions
+    guest.device.memory = GuestMemory(regions, dirty=lambda address, length: written.append((address, length)))
+    context = guest.open_context()
+    session = guest.open_session(context)
+    region = guest.register(context, (RAM, 64), (RAM + 0x3000, 64)).response.ident()
+    assert guest.invoke(context, session, 11, (ParamType.MEMREF_IN, 0, 9, region), (ParamType.MEMREF_OUT, 0, 32)).done
+    assert written == []
+    params = (ParamType.MEMREF_INOUT, 0, 9, region), (ParamType.VALUE_IN, 1, 0, 0)
+    assert guest.invoke(context, session, 2, *params).ret == 0
+    assert written == [(RAM, 64), (RAM + 0x3000, 64)]
 
 
 def _interrupted(data: bytearray) -> None:

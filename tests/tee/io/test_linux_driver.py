@@ -29,6 +29,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Event, GenCap, Placed, Sink
+from tee.io.linux import advice
 from tee.io.linux_driver import LinuxTeeDriver, Post
 from tee.io.runtime import TeeRuntime
 from tee.linux.errors import RESULTS
@@ -701,3 +702,24 @@ def test_probing(kernel: FakeKernel) -> None:
         assert (device.has_object_invoke(), device.has_register_fd()) == (False, False)
         kernel.fail = {Ioctl.OBJECT_INVOKE: errno.EFAULT, Ioctl.SHM_REGISTER_FD: errno.EBADF}
         assert (device.has_object_invoke(), device.has_register_fd()) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "number", "what_to_do"),
+    [
+        ("/dev/no/tee9", errno.ENOENT, "modprobe"),
+        ("/dev/tee0", errno.EACCES, "group"),
+        ("/dev/teepriv0", errno.EPERM, 'KERNEL=="teepriv[0-9]*"'),
+        ("/dev/teepriv0", errno.EBUSY, "systemctl stop tee-supplicant"),
+        ("/dev/tee0", errno.ENXIO, "dmesg"),
+        ("/dev/tee0", errno.ENODEV, "dmesg"),
+        ("/dev/null", errno.ENOTTY, "/dev/tee0"),
+        ("/dev/tee0", errno.EMFILE, "LimitNOFILE"),
+        ("/dev/tee0", errno.EBUSY, os.strerror(errno.EBUSY)),
+        ("/dev/tee0", errno.EIO, os.strerror(errno.EIO)),
+    ],
+)
+def test_advice(path: str, number: int, what_to_do: str) -> None:
+    said = advice(path, OSError(number, os.strerror(number)))
+    assert said.startswith(f"{path}: ")
+    assert what_to_do in said
