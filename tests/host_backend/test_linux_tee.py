@@ -6,22 +6,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from device.machines import LifeState
-from device.wire import ParamType
+from device.wire import ParamType, Status
 from guest_driver.client import CallError, Context, TempInOut, ValueIn
 from host_backend.trace import Recorder
 from pyvhost.memory import GuestMemory
 from tee.calls import Login
+from tee.driver import TeeInfo
 from tee.io.linux_driver import LinuxTeeDriver
 from tee.io.runtime import TeeRuntime
 from tee.params import Direction
 from tee.results import Origin, Result, TeeError
 from tests.guest_driver.live import live
-from tests.host_backend.bench import RAM, Bench, StartedOnly
+from tests.host_backend.bench import PROBE, RAM, Bench, StartedOnly
 from tests.tee.io.fake_kernel import FLIP, WAIT, FakeKernel, Ta
 
 PATIENCE = 10
@@ -75,8 +77,25 @@ def test_calls_and_memory(tmp_path: Path, kernel: FakeKernel, zero_copy: bool) -
         assert regions.seen == [("guest", 10_000, "" if zero_copy else "zero copy is switched off")]
 
 
+class PublicOnly(StartedOnly):
+    """A TEE that cannot be told of other logins."""
+
+    @property
+    def info(self) -> TeeInfo:
+        return replace(super().info, logins=frozenset({Login.PUBLIC}))
+
+
 @pytest.mark.requirement("DEV-SES-4")
-def test_logins_are_refused_by_the_device(tmp_path: Path, kernel: FakeKernel) -> None:
+def test_logins_that_the_tee_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "tee_type", PublicOnly)
+    guest = Bench().guest()
+    context = guest.open_context()
+    for login in (Login.USER, Login.GROUP, Login.APPLICATION, 77):
+        assert guest.open(context, PROBE, client_login=login).status == Status.DENIED
+    assert guest.open(context, PROBE, client_login=Login.PUBLIC).ret == 0
+
+
+def test_logins_are_refused(tmp_path: Path, kernel: FakeKernel) -> None:
     tee = LinuxTeeDriver(kernel.open, logins=frozenset({Login.PUBLIC}))
     with closing(tee), live(tmp_path, tee=tee) as device:
         driver = device.driver()
@@ -142,7 +161,7 @@ def test_pages_that_a_call_has_written_are_logged(monkeypatch: pytest.MonkeyPatc
     context = guest.open_context()
     session = guest.open_session(context)
     region = guest.register(context, (RAM, 64), (RAM + 0x3000, 64)).response.ident()
-    assert guest.invoke(context, session, 11, (ParamType.MEMREF_IN, 0, 9, region), (ParamType.MEMREF_OUT, 0, 32)).done
+    assert guest.invoke(context, session, 0, (ParamType.MEMREF_IN, 0, 9, region)).ret == 0
     assert written == []
     params = (ParamType.MEMREF_INOUT, 0, 9, region), (ParamType.VALUE_IN, 1, 0, 0)
     assert guest.invoke(context, session, 2, *params).ret == 0
