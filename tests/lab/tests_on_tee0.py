@@ -87,7 +87,7 @@ def test_many_guests_on_tee0(served: DrivenGuest) -> None:
         "others": [1, 1, 2, 2, 3, 3],
         "cancelled": [["CANCEL", 4]] + [["CANCEL", 2]] * 5,  # one has had a thread, of two
         "left": {"calls": 0, "contexts": 0, "sessions": 0, "registrations": 0},
-    }
+    }, found
 
 
 def test_no_such_device(linux: DrivenGuest) -> None:

@@ -159,7 +159,7 @@ def many():
                 for turn in range(3)
                 for session in sessions[1:]
             ]
-            for one in waiting:
+            for one in reversed(waiting):  # none that waits gets the thread of one that was cancelled
                 one.cancel()
             found["cancelled"] = [outcome(one.wait, 20) for one in waiting]
             sessions[0].begin(WAIT, ValueIn(0))  # the guest goes in the middle of it
