@@ -35,12 +35,13 @@ class CancelLane:
         """Have it made now, and again as long as it asks for that."""
         self._put(0.0, FIRST_S, attempt)
 
-    def close(self, timeout: float) -> None:
-        """Begin nothing more, and wait up to ``timeout`` seconds for what has begun."""
+    def close(self, timeout: float) -> bool:
+        """Begin nothing more, and wait up to ``timeout`` seconds for what has begun; whether that has ended."""
         with self._changed:
             self._ended = True
             self._changed.notify()
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _put(self, after: float, pause: float, attempt: Attempt) -> None:
         with self._changed:

@@ -88,8 +88,8 @@ class FairPool:
         with self._changed:
             return sum(map(len, self._waiting.values()))
 
-    def close(self, timeout: float) -> None:
-        """Begin nothing more, and wait up to ``timeout`` seconds for what has begun."""
+    def close(self, timeout: float) -> bool:
+        """Begin nothing more, and wait up to ``timeout`` seconds for what has begun; whether that has ended."""
         with self._changed:
             self._ended = True
             self._waiting.clear()
@@ -97,6 +97,7 @@ class FairPool:
         until = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, number: int) -> None:
         block_signals()

@@ -168,6 +168,7 @@ class LinuxTeeDriver:
         self._bounce_size = bounce
         self._rpcs = rpcs
         self._connecting = threading.Lock()
+        self._closed = False
         device = open_device()
         try:
             impl_id, impl_caps, gen_caps = device.version()
@@ -206,9 +207,13 @@ class LinuxTeeDriver:
     def close(self, timeout: float = 1.0) -> None:
         """Begin nothing more; wait up to ``timeout`` seconds for each kind of threads, and close the device. May be
         called again."""
-        for lane in (self._pool, self._ends, self._cancels):
-            lane.close(timeout)
+        if self._closed:
+            return
+        self._closed = True
+        ended = [lane.close(timeout) for lane in (self._pool, self._ends, self._cancels)]
         self._connection.device.close()
+        if all(ended):  # else one of them will write to it yet
+            os.close(self._wake)
 
     @property
     def max_params(self) -> int:

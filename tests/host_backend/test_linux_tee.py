@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,6 +15,8 @@ import pytest
 from device.machines import LifeState
 from device.wire import ParamType, Status
 from guest_driver.client import CallError, Context, TempInOut, ValueIn
+from guest_driver.core import VirtioTeeDriver
+from guest_driver.vhost_user import VhostUserTransport
 from host_backend.trace import Recorder
 from pyvhost.memory import GuestMemory
 from tee.calls import Login
@@ -52,6 +55,14 @@ class Regions(Recorder):
 
     def placed(self, vm: str, size: int, why: str) -> None:
         self.seen.append((vm, size, why))
+
+
+def hang_up(driver: VirtioTeeDriver) -> None:
+    """The frontend's end of the connection, as the backend sees it."""
+    transport = driver._transport
+    assert isinstance(transport, VhostUserTransport)
+    with socket.socket(fileno=os.dup(transport._peer_fd)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -116,20 +127,22 @@ def test_a_guest_that_goes_in_mid_call(tmp_path: Path, kernel: FakeKernel, ta: T
     ta.deaf = True
     with closing(LinuxTeeDriver(kernel.open, zero_copy=zero_copy)) as tee, live(tmp_path, tee=tee) as device:
         driver = device.driver()
-        runtime = TeeRuntime(driver)
-        context = Context(runtime)
-        session = context.open_session(TA)
-        shared = context.allocate(5000)
-        view = shared.view()
-        session.begin(WAIT, ValueIn(7), shared.whole(Direction.INOUT))
-        until(lambda: 7 in ta.inside)
-        threading.Thread(target=driver.close, daemon=True).start()  # the frontend goes
-        until(lambda: device.device.life is LifeState.DRAINING)
-        assert bytes(view) == bytes(5000)
-        ta.go.set()
-        until(lambda: not any(tee.usage().values()))
-        until(lambda: device.device.life is LifeState.FRESH)
-        assert set(view) == ({0x77} if zero_copy else {0})
+        with TeeRuntime(driver) as runtime:
+            context = Context(runtime)
+            session = context.open_session(TA)
+            shared = context.allocate(5000)
+            view = shared.view()
+            session.begin(WAIT, ValueIn(7), shared.whole(Direction.INOUT))
+            until(lambda: 7 in ta.inside)
+            hang_up(driver)
+            until(lambda: device.device.life is LifeState.DRAINING)
+            assert bytes(view) == bytes(5000)
+            ta.go.set()
+            until(lambda: not any(tee.usage().values()))
+            until(lambda: device.device.life is LifeState.FRESH)
+            assert set(view) == ({0x77} if zero_copy else {0})
+        del view, shared
+        driver.close()
         again = device.driver()
         with TeeRuntime(again) as other, Context(other) as fresh, fresh.open_session(TA) as one:
             assert one.invoke(FLIP, TempInOut(b"\x01"))[0] == b"\xfe"

@@ -140,7 +140,6 @@ def bench(kernel: FakeKernel) -> Iterator[Bench]:
     yield one
     one.end()
     assert not kernel.sessions
-    os.close(one.driver.fileno())
     # the pool's memory is the device's until the process ends
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
