@@ -35,6 +35,10 @@ class Part:
         self._view = shm.data[offset : offset + size]
         self._used = 0
 
+    def close(self) -> None:
+        """The TEE shall forget it, and the others of the same region. May block."""
+        self._shm.close()
+
     @staticmethod
     def needed(size: int) -> int:
         """How many bytes of a part are taken up by ``size``."""

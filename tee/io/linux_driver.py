@@ -102,6 +102,12 @@ class _Connection:
     contexts: int = 0
     lost: bool = False
 
+    def close(self) -> None:
+        """Nobody uses it any more. May block."""
+        for part in self.bounce:
+            part.close()
+        self.device.close()
+
 
 @dataclass(slots=True, eq=False)
 class Context:
@@ -211,8 +217,8 @@ class LinuxTeeDriver:
             return
         self._closed = True
         ended = [lane.close(timeout) for lane in (self._pool, self._ends, self._cancels)]
-        self._connection.device.close()
-        if all(ended):  # else one of them will write to it yet
+        if all(ended):  # else one of them will use it yet
+            self._connection.close()
             os.close(self._wake)
 
     @property
@@ -388,7 +394,7 @@ class LinuxTeeDriver:
     def _drop(self, connection: _Connection) -> None:
         """Close a device that was lost and that nobody uses any more."""
         if connection is not self._connection and not connection.contexts:
-            self._in_the_end("", connection.device.close, lambda: None)
+            self._in_the_end("", connection.close, lambda: None)
 
     def _context(self, context: object) -> Context:
         if not isinstance(context, Context) or context not in self._contexts or context.closing:
