@@ -247,6 +247,10 @@ def advice(path: str | os.PathLike[str], error: OSError) -> str:
             return f"{name}: the TEE behind it has gone; load its driver again, or see what the kernel says (dmesg)"
         case errno.ENOTTY:
             return f"{name}: this is no TEE device; name one (/dev/tee0)"
+        case errno.ENOMEM:
+            return (
+                f"{name}: the TEE has no room for the memory that is copied by; take less (--copy-mib, --tee-threads)"
+            )
         case errno.EMFILE | errno.ENFILE:
             return f"{name}: too many open files; raise the limit (LimitNOFILE=, ulimit -n)"
     return f"{name}: {error.strerror or error}"

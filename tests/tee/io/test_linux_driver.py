@@ -723,6 +723,7 @@ def test_probing(kernel: FakeKernel) -> None:
         ("/dev/tee0", errno.ENODEV, "dmesg"),
         ("/dev/null", errno.ENOTTY, "/dev/tee0"),
         ("/dev/tee0", errno.EMFILE, "LimitNOFILE"),
+        ("/dev/tee0", errno.ENOMEM, "--copy-mib"),
         ("/dev/tee0", errno.EBUSY, os.strerror(errno.EBUSY)),
         ("/dev/tee0", errno.EIO, os.strerror(errno.EIO)),
     ],
