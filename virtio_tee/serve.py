@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from device.config import Limits
 from pyvhost.device import SPIN_US
 from virtio_tee import systemd
 from virtio_tee.keys import public_key
+from virtio_tee.linux_tee import device_of, guests_logins, linux_options, open_linux
 from virtio_tee.logs import verbose_option
 from virtio_tee.throttle import throttle_logs
 
 if TYPE_CHECKING:
     from tee.driver import TeeDriver
 
-CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft"]}
+CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft", "linux"]}
 """What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
 
 _LIMIT_HELP = {
@@ -70,7 +72,14 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
 )
 @click.option("--fd", "fds", multiple=True, type=click.IntRange(0), metavar="N", help="An inherited socket instead.")
 @click.option("--vm", "vms", multiple=True, metavar="NAME", help="Name of each socket's guest, in order.")
-@click.option("--tee", "kind", type=click.Choice(["soft"]), default="soft", show_default=True, help="Which TEE.")
+@click.option(
+    "--tee",
+    "kind",
+    default="soft",
+    show_default=True,
+    metavar="soft|linux[:DEVICE]",
+    help="Which TEE: the software TEE, or that of this host behind a Linux TEE device (default: /dev/tee0).",
+)
 @click.option(
     "--ta-key",
     "keys",
@@ -137,6 +146,7 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     callback=_print_capabilities,
     help="Print what this backend can do, as JSON, and exit.",
 )
+@linux_options
 @limit_options
 @verbose_option
 def serve(
@@ -155,6 +165,10 @@ def serve(
     require_sealed: bool,
     trace: Path | None,
     metrics: str | None,
+    tee_threads: int,
+    no_zero_copy: bool,
+    copy_mib: int,
+    host_logins: bool,
     **limits: int,
 ) -> None:
     """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
@@ -165,6 +179,7 @@ def serve(
     One guest:   virtio-tee serve --socket-path /run/tee.sock --ta-key vendor.pem
     Then, QEMU:  -chardev socket,id=tee,path=/run/tee.sock -device vhost-user-tee-pci,chardev=tee
                  (guest memory must be shared: -object memory-backend-memfd,…,share=on)
+    Real TEE:    virtio-tee serve --socket-path /run/tee.sock --tee linux
     Two guests:  virtio-tee serve -s /run/a.sock --vm a -s /run/b.sock --vm b --ta-key vendor.pem
     systemd:     docs/systemd; sockets that systemd passes (LISTEN_FDS) are served if no other is named
     """
@@ -175,6 +190,8 @@ def serve(
     from host_backend.serve import serve as run
     from host_backend.trace import Trace
 
+    device = device_of(kind)
+    _check_options(device is None)
     throttle_logs()
     _allow_descriptors()
     passed = systemd.listen_fds()
@@ -200,7 +217,11 @@ def serve(
     recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+        if device is None:
+            tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+        else:
+            logins = guests_logins(host_logins, count)
+            tee = open_linux(device, threads=tee_threads, copy_mib=copy_mib, zero_copy=not no_zero_copy, logins=logins)
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
@@ -210,6 +231,21 @@ def serve(
         systemd.notify("STOPPING=1")
         if recorder is not None:
             recorder.close()
+
+
+_ONLY = {
+    True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins"),
+    False: ("keys", "ta_folders", "built_in_tas", "threads", "storage_key", "longest_call"),
+}
+"""Options that are wrong with the software TEE, and with others: these are what the TEE itself is set up for."""
+
+
+def _check_options(soft: bool) -> None:
+    ctx = click.get_current_context()
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in _ONLY[soft]:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --tee {'soft' if soft else 'linux'}")
 
 
 def _allow_descriptors() -> None:

@@ -13,6 +13,7 @@ import pytest
 from lab.driven import DrivenGuest
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, linux_guest, step, supplicant, told
+from tests.lab.tests_on_tee0 import test_a_backend_on_tee0, test_the_demo_on_tee0  # noqa: F401
 
 pytestmark = pytest.mark.lab
 requirement = pytest.mark.requirement

@@ -13,6 +13,14 @@ from lab.driven import DrivenGuest
 from tests.lab import test_linux_driver as driver
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, step, supplicant, uml_guest
+from tests.lab.tests_on_tee0 import (  # noqa: F401
+    test_a_backend_on_tee0,
+    test_invoke_on_tee0,
+    test_many_guests_on_tee0,
+    test_no_such_device,
+    test_the_demo_on_tee0,
+    test_what_the_kernel_says_of_tee0,
+)
 
 pytestmark = pytest.mark.lab
 
