@@ -61,6 +61,12 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "group of this process, whoever it was in the guest. Only with one socket: two guests are not to be one "
         "identity. Otherwise logins other than PUBLIC are refused.",
     ),
+    click.option(
+        "--broker",
+        metavar="PATH",
+        help="With --tee linux: attach to the host's `virtio-tee broker` there, so that TAs are loaded from the guests "
+        "that use them. Otherwise the host's supplicant serves the TEE's RPCs.",
+    ),
 )
 
 
@@ -82,15 +88,27 @@ def device_of(kind: str) -> Path | None:
 
 
 def open_linux(
-    path: Path, *, threads: int = 2, copy_mib: int = 4, zero_copy: bool = True, logins: frozenset[int] | None = None
+    path: Path,
+    *,
+    threads: int = 2,
+    copy_mib: int = 4,
+    zero_copy: bool = True,
+    logins: frozenset[int] | None = None,
+    broker: str | None = None,
 ) -> LinuxTeeDriver:
     """The driver. Raises OSError that says what to do."""
+    from tee.io.broker_rpcs import BrokerRpcs
     from tee.io.linux import LinuxTee, advice
     from tee.io.linux_driver import LinuxTeeDriver
 
     try:
         driver = LinuxTeeDriver(
-            partial(LinuxTee, path), threads=threads, bounce=copy_mib << 20, zero_copy=zero_copy, logins=logins
+            partial(LinuxTee, path),
+            threads=threads,
+            bounce=copy_mib << 20,
+            zero_copy=zero_copy,
+            logins=logins,
+            rpcs=BrokerRpcs(broker) if broker is not None else None,
         )
     except OSError as error:
         raise OSError(advice(path, error)) from None

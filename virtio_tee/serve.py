@@ -169,6 +169,7 @@ def serve(
     no_zero_copy: bool,
     copy_mib: int,
     host_logins: bool,
+    broker: str | None,
     **limits: int,
 ) -> None:
     """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
@@ -221,7 +222,14 @@ def serve(
             tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
         else:
             logins = guests_logins(host_logins, count)
-            tee = open_linux(device, threads=tee_threads, copy_mib=copy_mib, zero_copy=not no_zero_copy, logins=logins)
+            tee = open_linux(
+                device,
+                threads=tee_threads,
+                copy_mib=copy_mib,
+                zero_copy=not no_zero_copy,
+                logins=logins,
+                broker=broker,
+            )
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
@@ -234,7 +242,7 @@ def serve(
 
 
 _ONLY = {
-    True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins"),
+    True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins", "broker"),
     False: ("keys", "ta_folders", "built_in_tas", "threads", "storage_key", "longest_call"),
 }
 """Options that are wrong with the software TEE, and with others: these are what the TEE itself is set up for."""

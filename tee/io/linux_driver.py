@@ -69,19 +69,29 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class RpcSource(Protocol):
-    """Where RPCs come from: what speaks with the owner of ``/dev/teeprivN``. All is called on the driver's thread."""
+    """Where RPCs come from: what speaks with the owner of ``/dev/teeprivN``. All but :meth:`enters` is called on the
+    driver's thread."""
 
     def attach(self, post: Post, sink: Sink) -> None:
         """RPCs and withdrawals go to ``sink``, which must be called by way of ``post``."""
 
-    def begun(self, call: OpenSession | Invoke) -> None:
-        """The TEE may make RPCs for this call from now on."""
+    def begun(self, call: OpenSession | Invoke, vm: str) -> None:
+        """A call of a guest's, which waits for its turn."""
+
+    def enters(self, call: OpenSession | Invoke) -> None:
+        """The TEE may make RPCs for this call from now on. On the thread that makes it, and may block for a moment."""
 
     def ended(self, call: OpenSession | Invoke) -> None:
         """… and no longer."""
 
     def answer(self, rpc: Rpc, reply: RpcReply) -> None:
         """The answer to an RPC. Ignored where it was answered or withdrawn."""
+
+    def usage(self) -> dict[str, int]:
+        """How many there are now of what it keeps, by name."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
 
 
 class _Outcome(NamedTuple):
@@ -216,6 +226,8 @@ class LinuxTeeDriver:
         if self._closed:
             return
         self._closed = True
+        if self._rpcs is not None:
+            self._rpcs.close()
         ended = [lane.close(timeout) for lane in (self._pool, self._ends, self._cancels)]
         if all(ended):  # else one of them will use it yet
             self._connection.close()
@@ -295,6 +307,7 @@ class LinuxTeeDriver:
         contexts = tuple(self._contexts)
         regions = [region for context in contexts for region in tuple(context.regions)]
         return {
+            **(self._rpcs.usage() if self._rpcs is not None else {}),
             "calls": len(self._calls),
             "contexts": len(contexts),
             "sessions": sum(len(context.sessions) for context in contexts),
@@ -443,7 +456,7 @@ class LinuxTeeDriver:
         context.flights.add(flight)
         self._flights[call] = flight
         if self._rpcs is not None:
-            self._rpcs.begun(call)
+            self._rpcs.begun(call, context.vm)
         flight.job = partial(self._work, flight)
         self._pool.put(context.vm, flight.job)
 
@@ -489,6 +502,8 @@ class LinuxTeeDriver:
         try:
             if flight.cancelled:
                 return _Outcome(Result.CANCEL, Origin.COMMS)
+            if self._rpcs is not None:
+                self._rpcs.enters(call)
             if isinstance(call, OpenSession):
                 answer = device.open_session(
                     call.uuid.bytes,

@@ -674,13 +674,18 @@ class TestRpcSource:
         class Source:
             def __init__(self) -> None:
                 self.calls: list[Call] = []
+                self.entered: list[Call] = []
                 self.answers: list[tuple[Rpc, RpcReply]] = []
+                self.closed = False
 
             def attach(self, post: Post, sink: Sink) -> None:
                 self.post, self.sink = post, sink
 
-            def begun(self, call: OpenSession | Invoke) -> None:
+            def begun(self, call: OpenSession | Invoke, vm: str) -> None:
                 self.calls.append(call)
+
+            def enters(self, call: OpenSession | Invoke) -> None:
+                self.entered.append(call)
 
             def ended(self, call: OpenSession | Invoke) -> None:
                 self.calls.remove(call)
@@ -688,11 +693,19 @@ class TestRpcSource:
             def answer(self, rpc: Rpc, reply: RpcReply) -> None:
                 self.answers.append((rpc, reply))
 
+            def usage(self) -> dict[str, int]:
+                return {"source": len(self.calls)}
+
+            def close(self) -> None:
+                self.closed = True
+
         source = Source()
         bench = Bench(kernel, rpcs=source)
         _, session = bench.opened()
         call = bench.waiting(session, ta, 1)
         assert source.calls == [call]
+        assert source.entered[-1] is call
+        assert bench.driver.usage()["source"] == 1
         rpc, reply = Rpc(0, [], call), RpcReply()
         threading.Thread(target=lambda: source.post(lambda: source.sink(rpc))).start()
         bench.until(lambda: bench.others)
@@ -701,6 +714,7 @@ class TestRpcSource:
         assert source.answers == [(rpc, reply)]
         bench.end()
         assert source.calls == []
+        assert source.closed
 
 
 def test_probing(kernel: FakeKernel) -> None:
