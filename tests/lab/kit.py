@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.driven import DrivenGuest
+from lab.run import connect
 from lab.tas import TA_FOLDER
 from tee import package
 from tee.soft.examples import UUIDS, source
@@ -81,6 +83,16 @@ class Backend:
                 return found
             assert time.monotonic() < end, f"{len(found)} of {count} {name!r} in the trace"
             time.sleep(0.05)
+
+    def objects(self) -> dict[str, float]:
+        """What the guest has now at the device, by kind; with the option ``--metrics unix:FOLDER/metrics``."""
+        with connect(self.folder / "metrics") as asking:
+            asking.settimeout(READY_S)
+            asking.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            text = b"".join(iter(lambda: asking.recv(1 << 16), b"")).decode()
+        found = re.findall(r'^virtio_tee_objects\{kind="(\w+)",vm="lab"\} (\S+)$', text, re.MULTILINE)
+        assert found, text
+        return {kind: float(number) for kind, number in found}
 
     def package(self, name: str) -> bytes:
         """A signed example TA."""

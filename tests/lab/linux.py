@@ -24,6 +24,7 @@ from tests.lab.kit import SCRIPTS, Backend, furnish
 
 ARCH = ARCHS[os.environ.get("VIRTIO_TEE_ARCH") or X86_64.name]
 SUPPLICANT = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--ta-folder", "/lib/optee_armtz"]
+PROGRAMS = ("client", "player")  # tests/lab/guest/NAME.c
 BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "INFO: task", "Call Trace")
 
 
@@ -62,18 +63,18 @@ def uml_guest(backend: Backend, folder: Path) -> Iterator[UmlGuest]:
 
 
 def load(guest: DrivenGuest, backend: Backend, folder: Path) -> None:
-    """Furnish it, put the client in C into it, and load the driver, which is there."""
+    """Furnish it, put the programs in C into it, and load the driver, which is there."""
     furnish(guest, backend)
-    guest.put("/root/client", client(folder).read_bytes(), 0o755)
+    for name in PROGRAMS:
+        guest.put(f"/root/{name}", program(name, folder).read_bytes(), 0o755)
     guest.run(["insmod", "/root/virtio_tee.ko"])
 
 
-def client(folder: Path) -> Path:
-    """The client in C, which needs nothing of the guest."""
-    binary = folder / "client"
-    source = SCRIPTS / "client.c"
-    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-pthread"]
-    subprocess.run([*compiler, "-o", binary, source], check=True, timeout=60)
+def program(name: str, folder: Path) -> Path:
+    """A program in C, which needs nothing of the guest."""
+    binary = folder / name
+    compiler = [f"{ARCH.triplet}-gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-static", "-s"]
+    subprocess.run([*compiler, "-pthread", "-o", binary, SCRIPTS / f"{name}.c"], check=True, timeout=60)
     return binary
 
 
