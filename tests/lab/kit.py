@@ -110,14 +110,21 @@ class Example:
         program = ["-m", module] if packed else ["-c", SPLIT_ONLY.format(name=name)]
         self._argv = [sys.executable, *program, "--socket-path", str(self.socket), *options]
         self._env = {**os.environ, "PYVHOST_QUEUE": queue}
+        self._said = 0  # bytes of the log, by its last life
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        said = self.log.stat().st_size if self.log.exists() else 0
+    def start(self, *, wait: bool = True) -> None:
+        self._said = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._argv, stderr=log, env=self._env)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it serves."""
+        assert self.process is not None
         end = time.monotonic() + 20
-        while b"ready" not in self.log.read_bytes()[said:]:
+        while b"ready" not in self.log.read_bytes()[self._said :]:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, "the example does not start"
             time.sleep(0.01)
@@ -135,7 +142,12 @@ class Example:
 
 def furnish(guest: DrivenGuest, backend: Backend) -> None:
     """Put the TAs into the guest's folder, and our scripts beside; a reset takes all of it away."""
-    for name, uuid in UUIDS.items():
-        guest.put(f"{TA_FOLDER}/{uuid}.ta", backend.package(name))
+    put_tas(guest, backend)
     for script in SCRIPTS.glob("*.py"):
         guest.put(f"/root/{script.name}", script.read_bytes())
+
+
+def put_tas(guest: DrivenGuest, backend: Backend) -> None:
+    """The TAs alone."""
+    for name, uuid in UUIDS.items():
+        guest.put(f"{TA_FOLDER}/{uuid}.ta", backend.package(name))

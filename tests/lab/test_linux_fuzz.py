@@ -49,7 +49,7 @@ def backend() -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def linux(backend: Backend) -> Iterator[DrivenGuest]:
-    with tempfile.TemporaryDirectory(prefix="vtee-") as folder, linux_guest(backend, Path(folder)) as guest:
+    with linux_guest(backend) as guest:
         yield guest
 
 

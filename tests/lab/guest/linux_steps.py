@@ -67,7 +67,7 @@ def lose():
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(1)
+    time.sleep(0.3)
     print("holding", flush=True)
     thread.join()
     found["old session"] = describe(tee.invoke(answer.session, NULL).code)
