@@ -20,6 +20,14 @@ from tee.soft.examples import UUIDS, source
 
 SCRIPTS = Path(__file__).parent / "guest"
 READY_S = 20
+ACCESS_PLATFORM = """\
+import sys
+from pyvhost import backend
+from pyvhost.messages import Feature
+backend.RING_FEATURES |= Feature.ACCESS_PLATFORM
+from virtio_tee.__main__ import main
+sys.exit(main())
+"""
 SPLIT_ONLY = """\
 import sys
 from pyvhost import backend
@@ -31,9 +39,11 @@ sys.exit(main())
 
 
 class Backend:
-    """A `virtio-tee serve` process with a vendor's key of its own; ``options`` are more of its command line."""
+    """A `virtio-tee serve` process with a vendor's key of its own; ``options`` are more of its command line. With
+    ``platform`` it offers VIRTIO_F_ACCESS_PLATFORM, which changes nothing for it where there is no IOMMU."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, platform: bool = False) -> None:
+        self._program = ["-c", ACCESS_PLATFORM] if platform else ["-m", "virtio_tee"]
         self.folder = folder
         self.options = options
         self.socket = folder / "tee.sock"
@@ -45,7 +55,7 @@ class Backend:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "virtio_tee", "serve", "--vm", "lab"),
+                *(sys.executable, *self._program, "serve", "--vm", "lab"),
                 *("--socket-path", str(self.socket), "--trace", str(self.trace_file)),
                 *("--ta-key", str(self.folder / "vendor.pem"), *self.options),
             ],

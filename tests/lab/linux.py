@@ -30,11 +30,20 @@ BAD_WORDS = ("BUG:", "WARNING:", "Oops", "general protection", "refcount_t", "IN
 
 
 @contextmanager
-def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
-    """A guest with two CPUs; the driver is there, but not loaded. `options`: more properties of the device."""
+def bare_guest(socket: Path, options: str = "", queues: int = 1, append: str = "") -> Iterator[Guest]:
+    """A guest with two CPUs; the driver is there, but not loaded. `options`: more properties of the device; `append`:
+    more words for the kernel."""
     image = ensure_image((*MODULES, "tee"), arch=ARCH)
     module = ensure_module(image)
-    config = GuestConfig(sockets=[socket], arch=ARCH, cpus=2, uio=False, device_options=options)
+    config = GuestConfig(
+        sockets=[socket],
+        arch=ARCH,
+        cpus=2,
+        uio=False,
+        device_options=options,
+        num_request_queues=queues,
+        append=append,
+    )
     with Guest(config, image=image) as guest:
         guest.put("/root/virtio_tee.ko", module.read_bytes())
         guest.put("/root/vtee_test.ko", ensure_module(image, SCRIPTS / "kernel").read_bytes())
@@ -43,9 +52,9 @@ def bare_guest(socket: Path, options: str = "") -> Iterator[Guest]:
 
 
 @contextmanager
-def linux_guest(backend: Backend, options: str = "") -> Iterator[Guest]:
+def linux_guest(backend: Backend, options: str = "", queues: int = 1, append: str = "") -> Iterator[Guest]:
     """The driver is loaded, a supplicant is not started."""
-    with bare_guest(backend.socket, options) as guest:
+    with bare_guest(backend.socket, options, queues, append) as guest:
         furnish(guest, backend)
         for name in PROGRAMS:
             guest.put(f"/root/{name}", program(name).read_bytes(), 0o755)

@@ -18,6 +18,39 @@ pytestmark = pytest.mark.lab
 requirement = pytest.mark.requirement
 
 TARGET_DEAD = "TARGET_DEAD"
+ACCESS_PLATFORM, RING_PACKED = 33, 34
+#: what tests/lab/guest/client.c says
+C_CLIENT = [
+    "version 1 0xd",
+    "open 0",
+    "hello 0 42",
+    "close_session 0",
+    "no_ta 0xffff0008",
+    "login_user 0",
+    "close_session 0",
+    "open_probe 0",
+    f"add 0 4 {2**40 + 1} {2**50 + 2}",
+    "fail 0x10000001 4",
+    "close_session 0",
+    "close_session 22",
+    "shm_alloc 12288 1",
+    "xor_allocated 0 1 5000",
+    "short_buffer 0xffff0010 11",
+    "outside -22",
+    "echo 0 3 25 33",
+    f"shm_register {(8 << 20) - 456}",
+    f"xor_registered 0 1 {5 << 20}",
+    "beside 1",
+    "closed -22",
+    "bad_address 14",
+    "empty 1",
+    "close_session 0",
+    "cancel_nothing 2",
+    "cancel 0xffff0002",
+    "close_session 0",
+    "panic 0xffff3024 3",
+    "after_panic 0xffff3024",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,37 +75,7 @@ def usage(backend: Backend) -> int:
 @pytest.mark.call("TEE_IOC_CANCEL", "TEE_IOC_SHM_ALLOC", "TEE_IOC_SHM_REGISTER")
 def test_a_client_in_c(served: DrivenGuest) -> None:
     said = served.run(["/root/client"]).stdout.splitlines()
-    assert said == [
-        "version 1 0xd",
-        "open 0",
-        "hello 0 42",
-        "close_session 0",
-        "no_ta 0xffff0008",
-        "login_user 0",
-        "close_session 0",
-        "open_probe 0",
-        f"add 0 4 {2**40 + 1} {2**50 + 2}",
-        "fail 0x10000001 4",
-        "close_session 0",
-        "close_session 22",
-        "shm_alloc 12288 1",
-        "xor_allocated 0 1 5000",
-        "short_buffer 0xffff0010 11",
-        "outside -22",
-        "echo 0 3 25 33",
-        f"shm_register {(8 << 20) - 456}",
-        f"xor_registered 0 1 {5 << 20}",
-        "beside 1",
-        "closed -22",
-        "bad_address 14",
-        "empty 1",
-        "close_session 0",
-        "cancel_nothing 2",
-        "cancel 0xffff0002",
-        "close_session 0",
-        "panic 0xffff3024 3",
-        "after_panic 0xffff3024",
-    ]
+    assert said == C_CLIENT
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, TAs are loaded over RPC from the supplicant on /dev/teepriv0")
@@ -88,6 +91,13 @@ def test_a_ta_is_loaded_over_teepriv(served: DrivenGuest, backend: Backend) -> N
 
 def test_many_calls_at_a_time(served: DrivenGuest) -> None:
     assert told(served, "many", timeout=120) == {"wrong": []}
+
+
+UNTOUCHED = {"codes": [0, 0], "beside": True, "hashed": True, "afterwards": True}
+
+
+def test_what_a_client_writes_meanwhile_stays(served: DrivenGuest) -> None:
+    assert told(served, "untouched") == UNTOUCHED
 
 
 @requirement("DRV-SES-1")
@@ -300,13 +310,20 @@ def test_the_backend_is_killed_and_started_again() -> None:
         assert backend.stop() == 0
 
 
-@pytest.mark.feature("Guests: Linux kernel driver, packed rings")
-def test_packed_rings_without_indirect_descriptors() -> None:
+@pytest.mark.feature("Guests: Linux kernel driver, packed rings, two request queues, VIRTIO_F_ACCESS_PLATFORM")
+def test_packed_rings_two_request_queues_and_bounced_memory() -> None:
+    """Without indirect descriptors; the kernel is told to let devices reach its bounce buffers only."""
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
-        backend = Backend(Path(name))
+        backend = Backend(Path(name), "--request-queues", "2", platform=True)
         backend.start()
-        with linux_guest(backend, "packed=on,indirect_desc=off") as guest:
+        options = "packed=on,indirect_desc=off,iommu_platform=on"
+        with linux_guest(backend, options, queues=2, append="swiotlb=force") as guest:
+            features = guest.run(["cat", f"/sys/bus/virtio/devices/{device(guest)}/features"]).stdout
+            assert features[ACCESS_PLATFORM : RING_PACKED + 1] == "11"
+            assert guest.run(["grep", "-c", f"{device(guest)}-request", "/proc/interrupts"]).stdout.strip() == "2"
             supplicant(guest)
             assert told(guest, "many", timeout=120) == {"wrong": []}
+            assert told(guest, "untouched") == UNTOUCHED
+            assert guest.run(["/root/client"]).stdout.splitlines() == C_CLIENT
             assert complaints(guest) == []
         assert backend.stop() == 0

@@ -29,6 +29,7 @@ test_no_supplicant = driver.test_no_supplicant
 test_suspend_and_resume = driver.test_suspend_and_resume
 test_after_the_resume = driver.test_after_the_resume
 test_system_calls_that_make_no_sense = driver.test_system_calls_that_make_no_sense
+test_what_a_client_writes_meanwhile_stays = driver.test_what_a_client_writes_meanwhile_stays
 test_the_device_is_removed = driver.test_the_device_is_removed
 
 
