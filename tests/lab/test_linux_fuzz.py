@@ -94,6 +94,8 @@ def without_a_trace(guest: DrivenGuest, backend: Backend) -> Iterator[None]:
     assert complaints(guest) == []
 
 
+@pytest.mark.call("TEE_IOC_VERSION", "TEE_IOC_SHM_ALLOC", "TEE_IOC_SHM_REGISTER", "TEE_IOC_OPEN_SESSION")
+@pytest.mark.call("TEE_IOC_INVOKE", "TEE_IOC_CANCEL", "TEE_IOC_CLOSE_SESSION")
 @pytest.mark.parametrize("user", [0, NOBODY])
 @pytest.mark.feature("Guests: Linux kernel driver, fuzzed system calls of clients, as root and as another user")
 def test_programs_of_clients(linux: DrivenGuest, backend: Backend, user: int) -> None:
@@ -110,6 +112,7 @@ def test_programs_of_clients(linux: DrivenGuest, backend: Backend, user: int) ->
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, fuzzed system calls of supplicants")
+@pytest.mark.call("TEE_IOC_SUPPL_RECV", "TEE_IOC_SUPPL_SEND")
 def test_programs_of_supplicants(linux: DrivenGuest, backend: Backend) -> None:
     with without_a_trace(linux, backend):
         seen = play(linux, made(supplicants, COUNT), "0", "bystander")
