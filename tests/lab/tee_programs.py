@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
 from typing import Any
@@ -91,7 +91,7 @@ class Step:
         return struct.pack("<BBBBIHHHBB", *head, *sizes) + b"".join(patches) + self.argument + self.room
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """Times are µs from its start; `signal_us` 0: no signal."""
 
@@ -411,13 +411,41 @@ def _privileged(step: Step) -> Step:
     )
 
 
+def _right_invoke(func: int, *given_params: bytes) -> Step:
+    """With the first session, and 1 to cancel it by."""
+    step = _right_step(Ioctl.INVOKE, struct.pack("<IIIII", func, 0, 1, 0, 0), given_params=given_params)
+    return replace(step, patches=(*step.patches, Patch(True, Fill.SESSION, 4, 0)))
+
+
+_ANSWER = _right_step(Ioctl.SUPPL_SEND, struct.pack("<I", 0xFFFF0008), PRIVILEGED, [bytes(32)] * MOST)
+PATIENCE_US = 4_000_000
+#: what is right from end to end, and has the time for it: a call that is cancelled, a request that is answered
+RIGHT_CLIENT = Program(
+    [
+        *READY,
+        Step(Kind.IOCTL, 0, Ioctl.VERSION, argument=bytes(12)),
+        _right_invoke(4, _param(1, 0, 0, 0)),
+        Step(Kind.IOCTL, 0, Ioctl.CLOSE_SESSION, argument=bytes(4), patches=(Patch(False, Fill.SESSION, 0, 0),)),
+    ],
+    [Step(Kind.PAUSE, number=200_000), CANCEL] * 10,
+    0,
+    PATIENCE_US,
+)
+RIGHT_SUPPLICANT = Program(
+    [*SUPPLICANT, RECEIVE, replace(_ANSWER, answers=True), _ANSWER],
+    [Step(Kind.PAUSE, number=200_000), LOAD],
+    0,
+    PATIENCE_US,
+)
+
+
 @cache
-def made(programs: Callable[[], st.SearchStrategy[Program]], count: int) -> bytes:
-    """So many programs, the same ones each time, for the player."""
-    found: list[bytes] = []
+def made(programs: Callable[[], st.SearchStrategy[Program]], right: Program, count: int) -> bytes:
+    """So many programs, the same ones each time, for the player; the first one is `right`."""
+    found = [right.encoded()]
 
     @settings(
-        max_examples=count,
+        max_examples=count - 1,
         derandomize=True,
         database=None,
         deadline=None,

@@ -21,7 +21,7 @@ from lab.driven import DrivenGuest, GuestProcess
 from tee.linux.ioctls import Ioctl
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, linux_guest, supplicant, told
-from tests.lab.tee_programs import clients, made, supplicants
+from tests.lab.tee_programs import RIGHT_CLIENT, RIGHT_SUPPLICANT, clients, made, supplicants
 
 pytestmark = pytest.mark.lab
 
@@ -101,13 +101,12 @@ def without_a_trace(guest: DrivenGuest, backend: Backend) -> Iterator[None]:
 def test_programs_of_clients(linux: DrivenGuest, backend: Backend, user: int) -> None:
     with without_a_trace(linux, backend):
         serving = supplicant(linux)
-        seen = play(linux, made(clients, COUNT), str(user), "bystander")
+        seen = play(linux, made(clients, RIGHT_CLIENT, COUNT), str(user), "bystander")
         end(serving)
     for ioctl in OF_CLIENTS:
-        assert seen[ioctl][0]
-        assert seen[ioctl][errno.EFAULT]
-    for ioctl in (Ioctl.OPEN_SESSION, Ioctl.INVOKE, Ioctl.SHM_REGISTER):
-        assert seen[ioctl][errno.EINVAL]
+        assert seen[ioctl].get(0), ioctl
+    for error in (errno.EFAULT, errno.EINVAL, errno.EBADF, errno.ENOENT):
+        assert any(error in ended for ended in seen.values())
     assert not seen[Ioctl.SUPPL_RECV].get(0)
 
 
@@ -115,18 +114,17 @@ def test_programs_of_clients(linux: DrivenGuest, backend: Backend, user: int) ->
 @pytest.mark.call("TEE_IOC_SUPPL_RECV", "TEE_IOC_SUPPL_SEND")
 def test_programs_of_supplicants(linux: DrivenGuest, backend: Backend) -> None:
     with without_a_trace(linux, backend):
-        seen = play(linux, made(supplicants, COUNT), "0", "bystander")
+        seen = play(linux, made(supplicants, RIGHT_SUPPLICANT, COUNT), "0", "bystander")
     for ioctl in (Ioctl.SUPPL_RECV, Ioctl.SUPPL_SEND):
-        assert seen[ioctl][0]
-        assert seen[ioctl][errno.EINVAL]
-    assert seen[Ioctl.SUPPL_SEND][errno.ENOENT]
+        assert seen[ioctl].get(0), ioctl
+        assert len(seen[ioctl]) > 1
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, fuzzed system calls while the device comes and goes")
 def test_programs_while_the_device_comes_and_goes(linux: DrivenGuest, backend: Backend) -> None:
     """The driver is unbound and bound; then its backend is killed and started again."""
     with without_a_trace(linux, backend):
-        linux.put(PROGRAMS, made(clients, COUNT))
+        linux.put(PROGRAMS, made(clients, RIGHT_CLIENT, COUNT))
         playing = linux.spawn(["sh", "-c", f"until [ -e /run/stop ]; do {' '.join(PLAYER)} || exit; done"])
         name = linux.run(["sh", "-c", "basename /sys/bus/virtio/drivers/virtio_tee/virtio*"]).stdout.strip()
         for _ in range(REMOVALS):
