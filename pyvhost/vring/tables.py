@@ -29,43 +29,71 @@ def short_table(mask: int, first: int, read: int, write: int, last_mask: int, la
     What it returns translates a table that lies in the region, reading each entry once; None: look closer.
     """
 
+    new = object.__new__
+
     def reader(head: int, view: memoryview, at: int, length: int, base: int, span: int) -> RegionChain | None:
+        top = base + span
         if length == 48:
-            addr0, length0, words0, addr1, length1, words1, addr2, length2, words2 = _unpack_three(view, at)
-            start0 = addr0 - base
-            start1 = addr1 - base
-            start2 = addr2 - base
-            end0 = start0 + length0
-            end1 = start1 + length1
-            end2 = start2 + length2
+            entries = _unpack_three(view, at)
+            addr0, length0, words0, addr1, length1, words1, addr2, length2, words2 = entries
+            room = length1 + length2
             if (
                 words0 & mask == first
                 and words2 & last_mask == last
-                and 0 <= start0 < end0 <= span
-                and 0 <= start1 < end1 <= span
-                and 0 <= start2 < end2 <= span
-                and length0 + length1 + length2 <= _MAX_TOTAL
+                and base <= addr0
+                and base <= addr1
+                and base <= addr2
+                and length0
+                and length1
+                and length2
+                and addr0 + length0 <= top
+                and addr1 + length1 <= top
+                and addr2 + length2 <= top
+                and length0 + room <= _MAX_TOTAL
             ):
                 words1 &= mask
-                spans = (start0, end0, start1, end1, start2, end2)
                 if words1 == write:
-                    return RegionChain(head, view, spans, 1, length0, length1 + length2)
-                if words1 == read:
-                    return RegionChain(head, view, spans, 2, length0 + length1, length2)
+                    readables = 1
+                elif words1 == read:
+                    readables = 2
+                    length0 += length1
+                    room = length2
+                else:
+                    return None
+                chain = new(RegionChain)
+                chain._last = addr2
+                chain._last_bytes = length2
+            else:
+                return None
         elif length == 32:
-            addr0, length0, words0, addr1, length1, words1 = _unpack_two(view, at)
-            start0 = addr0 - base
-            start1 = addr1 - base
-            end0 = start0 + length0
-            end1 = start1 + length1
+            entries = _unpack_two(view, at)
+            addr0, length0, words0, addr1, room, words1 = entries
             if (
                 words0 & mask == first
                 and words1 & last_mask == last
-                and 0 <= start0 < end0 <= span
-                and 0 <= start1 < end1 <= span
-                and length0 + length1 <= _MAX_TOTAL
+                and base <= addr0
+                and base <= addr1
+                and length0
+                and room
+                and addr0 + length0 <= top
+                and addr1 + room <= top
+                and length0 + room <= _MAX_TOTAL
             ):
-                return RegionChain(head, view, (start0, end0, start1, end1), 1, length0, length1)
-        return None
+                readables = 1
+                chain = new(RegionChain)
+                chain._last = addr1
+                chain._last_bytes = room
+            else:
+                return None
+        else:
+            return None
+        chain.head = head
+        chain.readable_bytes = length0
+        chain.writable_bytes = room
+        chain._view = view
+        chain._base = base
+        chain._entries = entries
+        chain._readables = readables
+        return chain
 
     return reader
