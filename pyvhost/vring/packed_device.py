@@ -270,7 +270,7 @@ class PackedDeviceQueue:
         addr, length, flags = entries[0]
         base, span = self._base, self._span
         if flags & _LIST == DESC_F_INDIRECT and self._tables and 0 <= addr - base <= span - length:
-            short = _short_table(head, self._view, addr - base, length, base, span)
+            short = _short_table(head, self._view, addr - base, length, base, base + span)
             if short is not None:
                 written = [(addr, length, DESC_F_WRITE) for addr, length in short.written()]
                 self._held[head] = (short.writable_bytes, count, written)

@@ -36,6 +36,7 @@ _short_table = short_table(
     0xFFFF,
     DESC_F_WRITE,
 )
+_SIGNAL_S = 20e-6  # between two signals, in seconds, while there is work
 _MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
 _MASK = 0xFFFF
 
@@ -76,7 +77,7 @@ class SplitDeviceQueue:
         "_span",
         "_steady",
         "_tables",
-        "_unsignalled",
+        "_told",
         "_used",
         "_used_idx",
         "_view",
@@ -123,13 +124,13 @@ class SplitDeviceQueue:
         self._max = max(size, max_descriptors)
         self._tables = indirect and self._max > 2  # short ones are fine
         self._steady = False  # nobody but a drain() under way has worked on the queue since it looked
-        self._unsignalled = 0  # completed by it since its last signal
         self._held = [-1] * size  # room in the writable part of each head in flight, -1: not in flight
         self._next = base & _MASK  # of the available ring: the next one to pop
         self._seen = self._next  # the driver's index when last looked at
         self.rebind(memory, desc, avail, used)
         self._used_idx: int = self._used[1]  # the ring remembers it across a stop
         self._signalled = self._used_idx  # used index at the last signal
+        self._told = 0.0  # when that was, on the clock
         self._fresh = True  # no signal yet: give one for whatever comes first, as what the driver knows is unknown
 
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
@@ -210,10 +211,9 @@ class SplitDeviceQueue:
         A short table in the region that was hit last is done with at once. ``_follow()`` uses nothing of what is read
         here, so each descriptor is still read once."""
         addr, length, flags, _ = _unpack_desc(self._desc, head << 4)
-        base, span = self._base, self._span
-        at = addr - base
-        if flags == DESC_F_INDIRECT and self._tables and 0 <= at <= span - length:
-            chain = _short_table(head, self._view, at, length, base, span)
+        base, top = self._base, self._base + self._span
+        if flags == DESC_F_INDIRECT and self._tables and base <= addr and addr + length <= top:
+            chain = _short_table(head, self._view, addr - base, length, base, top)
             if chain is not None:
                 return chain
         return self._follow(head)
@@ -324,8 +324,16 @@ class SplitDeviceQueue:
         if self._log is not None:
             self._log_push(self._log, head, position)
 
+    def _notify_sometimes(self) -> None:
+        """``notify()``, but for a driver that was signalled a moment ago: to wake a processor costs the one that does
+        it more than some requests, and while there are requests the driver is not idle for want of them."""
+        if self._clock is None or self._clock() - self._told >= _SIGNAL_S:
+            self.notify()
+
     def notify(self) -> bool:
         if self.should_notify():
+            if self._clock is not None:
+                self._told = self._clock()
             if self._signal is not None:
                 self._signal()
             return True
@@ -390,16 +398,11 @@ class SplitDeviceQueue:
                         written = handler(chain)
                         if written is not None:
                             self.push(chain.head, written)
-                            self._unsignalled += 1
-                            if self._unsignalled >= notify_every:
-                                self._unsignalled = 0
-                                self.notify()
+                            if (self._used_idx - self._signalled) & _MASK >= notify_every:
+                                self._notify_sometimes()
                         continue
-                if self._unsignalled:  # first of all: a driver that sleeps takes time to wake up
-                    self._unsignalled = 0
-                    self.notify()
+                self.notify()  # first of all: a driver that sleeps takes time to wake up
                 if self.spin_us and finds < MAX_FINDS and self._patience.is_worth_it():
-                    self.notify()
                     found = self.wait(self.spin_us)
                     self._patience.learn(found)
                     if found:
@@ -434,10 +437,10 @@ class SplitDeviceQueue:
             counter, last = inflight._counter, words[LAST_HEAD]
             if counter > COUNTER_MASK - size:
                 return 0
-        desc, tables, order = self._desc, self._tables, self._order
+        desc, order, indirect = self._desc, self._order, DESC_F_INDIRECT if self._tables else -1
         used, ids, lengths, held = self._used, self._ids, self._lengths, self._held
-        view, base, span = self._view, self._base, self._span
-        unsignalled = self._unsignalled
+        view, base, top = self._view, self._base, self._base + self._span
+        tell = used_idx + max(1, notify_every - ((used_idx - self._signalled) & _MASK))
         begin = position
         self._steady = True
         chain: Chain | None
@@ -451,24 +454,22 @@ class SplitDeviceQueue:
                 inflight._counter = counter = counter + 1
                 marks[head] = 1
             addr, length, flags, _ = _unpack_desc(desc, head << 4)
-            at = addr - base
             if (
-                flags == DESC_F_INDIRECT
-                and 0 <= at <= span - length
-                and tables
-                and (chain := _short_table(head, view, at, length, base, span)) is not None
+                flags == indirect
+                and base <= addr
+                and addr + length <= top
+                and (chain := _short_table(head, view, addr - base, length, base, top)) is not None
             ):
                 held[head] = chain.writable_bytes
             else:
                 chain = self._chain(head)
                 if chain is None:
                     break
-                view, base, span = self._view, self._base, self._span
+                view, base, top = self._view, self._base, self._base + self._span
             written = handler(chain)
             if not self._steady:
                 if written is not None:
                     self.push(head, written)
-                    unsignalled += 1
                 break
             if written is None:
                 continue
@@ -491,11 +492,9 @@ class SplitDeviceQueue:
                 if order is not None:
                     order()
                 self._used_idx = used[1] = used_idx
-            unsignalled += 1
-            if unsignalled >= notify_every:
-                unsignalled = 0
-                self.notify()
-        self._unsignalled = unsignalled
+            if used_idx >= tell:
+                tell += notify_every
+                self._notify_sometimes()
         return position - begin
 
     # --- what outlives this backend, and this host

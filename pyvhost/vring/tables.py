@@ -13,7 +13,7 @@ from pyvhost.vring.api import RegionChain
 
 __all__ = ["ShortTable", "short_table"]
 
-#: head, the region's view, the table's place in it and its length, the region's guest address and size; all in bytes
+#: head, the region's view, the table's place in it and its length, the region's guest address and its end; all in bytes
 ShortTable = Callable[[int, memoryview, int, int, int, int], RegionChain | None]
 
 # Of each entry: address, length, and the two 16-bit words as one.
@@ -31,8 +31,7 @@ def short_table(mask: int, first: int, read: int, write: int, last_mask: int, la
 
     new = object.__new__
 
-    def reader(head: int, view: memoryview, at: int, length: int, base: int, span: int) -> RegionChain | None:
-        top = base + span
+    def reader(head: int, view: memoryview, at: int, length: int, base: int, top: int) -> RegionChain | None:
         if length == 48:
             entries = _unpack_three(view, at)
             addr0, length0, words0, addr1, length1, words1, addr2, length2, words2 = entries
