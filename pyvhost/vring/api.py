@@ -138,14 +138,14 @@ class RegionChain(Chain):
     they are asked for. ``pyvhost.vring.tables`` makes these, and has checked the entries; each has its own slots
     assigned there, as a call of the class would take longer than all the rest."""
 
-    __slots__ = ("_base", "_entries", "_last", "_last_bytes", "_readables", "_view")
+    __slots__ = ("_base", "_before_last", "_entries", "_origin", "_readables", "_view")
 
     _view: memoryview  #: of the region
     _base: int  #: the region's guest address
     _entries: Sequence[int]  #: guest address, length in bytes and something else of each part, as they were read
     _readables: int  #: so many of them are readable; they come first
-    _last: int  #: guest address of the last part, which is writable
-    _last_bytes: int
+    _before_last: int  #: writable bytes before the last part
+    _origin: int  #: where in ``_view`` the writable part would begin if all of it were in one piece with the last
 
     def ranges(self, first: int, end: int) -> list[Segment]:
         """The parts from number ``first`` on, up to ``end``."""
@@ -186,10 +186,8 @@ class RegionChain(Chain):
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
         size = len(data)
         end = offset + size
-        room = self.writable_bytes
-        within = offset - room + self._last_bytes
-        if within >= 0 and end <= room:  # in the last part, or the only one
-            at = self._last - self._base + within
+        if self._before_last <= offset and end <= self.writable_bytes:  # in the last part, or the only one
+            at = self._origin + offset
             self._view[at : at + size] = data
             return end
         return super().write(data, offset)

@@ -52,16 +52,14 @@ def short_table(mask: int, first: int, read: int, write: int, last_mask: int, la
             ):
                 words1 &= mask
                 if words1 == write:
-                    readables = 1
+                    readables, before = 1, length1
                 elif words1 == read:
-                    readables = 2
+                    readables, before = 2, 0
                     length0 += length1
                     room = length2
                 else:
                     return None
-                chain = new(RegionChain)
-                chain._last = addr2
-                chain._last_bytes = length2
+                origin = addr2 - base - before
             else:
                 return None
         elif length == 32:
@@ -78,14 +76,13 @@ def short_table(mask: int, first: int, read: int, write: int, last_mask: int, la
                 and addr1 + room <= top
                 and length0 + room <= _MAX_TOTAL
             ):
-                readables = 1
-                chain = new(RegionChain)
-                chain._last = addr1
-                chain._last_bytes = room
+                readables, before = 1, 0
+                origin = addr1 - base
             else:
                 return None
         else:
             return None
+        chain = new(RegionChain)
         chain.head = head
         chain.readable_bytes = length0
         chain.writable_bytes = room
@@ -93,6 +90,8 @@ def short_table(mask: int, first: int, read: int, write: int, last_mask: int, la
         chain._base = base
         chain._entries = entries
         chain._readables = readables
+        chain._before_last = before
+        chain._origin = origin
         return chain
 
     return reader
