@@ -175,7 +175,7 @@ class RegionChain(Chain):
         start += offset
         if length is not None and length < end - start:
             end = start + length
-        return bytes(self._view[start:end])
+        return self._view[start:end].tobytes()  # quicker than bytes()
 
     def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
         entries = self._entries
@@ -188,7 +188,10 @@ class RegionChain(Chain):
         end = offset + size
         if self._before_last <= offset and end <= self.writable_bytes:  # in the last part, or the only one
             at = self._origin + offset
-            self._view[at : at + size] = data
+            if size == 1 and type(data) is bytes:  # a status
+                self._view[at] = data[0]
+            else:
+                self._view[at : at + size] = data
             return end
         return super().write(data, offset)
 

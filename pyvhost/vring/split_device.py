@@ -27,14 +27,9 @@ from pyvhost.vring.tables import short_table
 __all__ = ["SplitDeviceQueue"]
 
 _unpack_desc = DESC.raw.unpack_from
-# In a table: flags, and above them the next entry.
+# In a table: flags, and above them the next entry; the last one has none.
 _short_table = short_table(
-    0xFFFF_FFFF,
-    DESC_F_NEXT | 1 << 16,
-    DESC_F_NEXT | 2 << 16,
-    DESC_F_NEXT | DESC_F_WRITE | 2 << 16,
-    0xFFFF,
-    DESC_F_WRITE,
+    "QII", "QIH2x", DESC_F_NEXT | 1 << 16, DESC_F_NEXT | 2 << 16, DESC_F_NEXT | DESC_F_WRITE | 2 << 16, DESC_F_WRITE
 )
 _SIGNAL_S = 20e-6  # between two signals, in seconds, while there is work
 _MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
@@ -460,11 +455,12 @@ class SplitDeviceQueue:
                 and addr + length <= top
                 and (chain := _short_table(head, view, addr - base, length, base, top)) is not None
             ):
-                held[head] = chain.writable_bytes
+                room = held[head] = chain.writable_bytes
             else:
                 chain = self._chain(head)
                 if chain is None:
                     break
+                room = chain.writable_bytes
                 view, base, top = self._view, self._base, self._base + self._span
             written = handler(chain)
             if not self._steady:
@@ -473,7 +469,7 @@ class SplitDeviceQueue:
                 break
             if written is None:
                 continue
-            if not 0 <= written <= held[head]:
+            if written < 0 or written > room:
                 self.push(head, written)  # raises
             held[head] = -1
             slot = used_idx & mask
