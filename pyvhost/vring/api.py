@@ -254,7 +254,8 @@ class DeviceQueue(Protocol):
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
         later with ``push()``. Signals the driver after every ``notify_every`` requests completed by returning, and
-        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are
+        before it leaves the ring; for what was completed by ``push()``, maybe at the end only. A queue may let some
+        microseconds pass between two signals while there are requests. Returns True if requests are
         left (the budget was used up), False if the ring is empty and the driver will kick.
 
         What the handler raises goes to the caller; its request stays in flight. The handler may work on the queue.

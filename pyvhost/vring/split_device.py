@@ -421,9 +421,7 @@ class SplitDeviceQueue:
         size, mask = self.size, self.size - 1
         inflight, used_idx = self.inflight, self._used_idx
         slot = position & mask
-        count = min(
-            (self._seen - position) & _MASK, budget, size - slot, _MASK - position, _MASK - used_idx
-        )
+        count = min((self._seen - position) & _MASK, budget, size - slot, _MASK - position, _MASK - used_idx)
         heads: list[int] = self._avail[2 + slot : 2 + slot + count].tolist()
         if not heads or max(heads) >= size or self._log is not None:
             return 0
@@ -491,6 +489,8 @@ class SplitDeviceQueue:
             if used_idx >= tell:
                 tell += notify_every
                 self._notify_sometimes()
+                if not self._steady:  # whoever signals may also have stopped it
+                    break
         return position - begin
 
     # --- what outlives this backend, and this host
@@ -568,6 +568,7 @@ class SplitDeviceQueue:
     def adopt(self, paused: DeviceQueue) -> None:
         if not isinstance(paused, SplitDeviceQueue) or paused.size != self.size or not paused.stopped:
             raise StateError("only a stopped queue of the same kind and size can be taken over")
+        self._steady = False
         self._held = paused._held
         paused._held = [-1] * paused.size
         self.recovered, paused.recovered = paused.recovered, deque()
