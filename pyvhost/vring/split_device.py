@@ -469,10 +469,10 @@ class SplitDeviceQueue:
                 continue
             if written < 0 or written > room:
                 self.push(head, written)  # raises
-            held[head] = -1
             slot = used_idx & mask
             ids[slot] = head
             lengths[slot] = written
+            held[head] = -1
             used_idx += 1
             if inflight is not None:
                 nexts[head] = last

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pyvhost.dirtylog import RingLog
 from pyvhost.errors import StateError
 from pyvhost.inflight import COUNTER_MASK, SplitInflight, region_size
 from pyvhost.testing import RawRing, RingPair, plain_memory
@@ -20,6 +21,7 @@ from pyvhost.vring.tables import short_table
 from tests.pyvhost.vring.kinds import Kind, each_kind, each_queue
 
 SIZE = 8
+WRONG = {"too long": 6, "negative": -1}  # answers that no request has room for
 
 
 def record_of(kind: Kind) -> memoryview:
@@ -45,6 +47,7 @@ class Working:
         self.record = record_of(kind)
         self.queue = queue_of(kind, self.pair, self.base, indirect=bool(indirect))
         self.queue.track(recorder(kind, self.record))
+        self.needed = 1 if indirect else 3  # descriptors of the ring for one request
         self.actions = actions
         self.added = 0
         self.served: list[int] = []  # in the order of taking
@@ -52,7 +55,7 @@ class Working:
         self.done: list[int] = []
 
     def add(self) -> None:
-        if self.pair.driver.free_slots >= 3:
+        if self.pair.driver.free_slots >= self.needed:
             at = self.pair.data + 64 * (self.added % 32)
             self.pair.write(at, self.added.to_bytes(4, "little"))
             self.pair.driver.add([(at, 4)], [(at + 8, 4), (at + 16, 1)], self.added)
@@ -75,8 +78,8 @@ class Working:
             if action == "keep":
                 self.kept.append((chain.head, number))
                 return None
-            if action == "too long":
-                return 6
+            if action in WRONG:
+                return WRONG[action]
             if action == "fail":
                 raise ArithmeticError
             self.work(action)
@@ -115,10 +118,11 @@ ACTIONS = ["", "", "keep", "push", "push last", "pop", "drain", "notify", "add",
 @given(
     requests=st.sampled_from([0, 3, 65530, 65533]),
     indirect=st.sampled_from([0, 3]),
-    actions=st.lists(st.sampled_from([*ACTIONS, "too long", "fail"]), max_size=40),
+    actions=st.lists(st.sampled_from([*ACTIONS, *WRONG, "fail"]), max_size=40),
     waiting=st.integers(1, SIZE),
 )
 @example(65533, 3, [""] * 40, SIZE)
+@example(0, 3, ["negative", "", "too long"], SIZE)
 @example(0, 3, ["keep", "", "pop", "push", "drain", "", "push last", "", "poll", "add"], SIZE)
 def test_each_request_is_served_once(
     kind: Kind, requests: int, indirect: int, actions: list[str], waiting: int
@@ -126,10 +130,11 @@ def test_each_request_is_served_once(
     work = Working(kind, requests, indirect, actions)
     for _ in range(waiting):
         work.add()
-    for _ in range(4):
+    for _ in range(5):
         work.drain(5)
-        work.add()
-    work.poll()
+        work.poll()
+        for _ in range(waiting):
+            work.add()
     assert work.queue.broken is None
     assert work.served == list(range(len(work.served)))  # each one, once, in the order of the driver's
     left = [number for number in work.served if number not in work.done]
@@ -145,6 +150,31 @@ def test_each_request_is_served_once(
     assert found == [*left, *range(len(work.served) - len(found), work.added)]
     work.poll()
     assert sorted(work.done) == list(range(work.added))
+
+
+@each_kind
+@pytest.mark.parametrize("indirect", [0, 3])
+def test_what_a_drain_writes_is_logged(kind: Kind, indirect: int) -> None:
+    pair = kind.pair(SIZE, indirect=indirect)
+    marks: list[tuple[int, int]] = []
+    log = RingLog(lambda addr, length: marks.append((addr, length)), None)
+    for n in range(4 if indirect else 2):
+        pair.driver.add([(pair.data, 4)], [(pair.data + 64 + n, 1)], n)
+
+    def serve(chain: Chain) -> int:
+        if len(served) == 1:
+            pair.device.log_to(log)  # migration begins
+        served.append(chain.head)
+        return 1
+
+    served: list[int] = []
+    assert pair.device.drain(serve) is False
+    assert marks == [(pair.data + 64 + n, 1) for n in range(1, len(served))]
+    marks.clear()
+    pair.driver.poll()
+    pair.driver.add([(pair.data, 4)], [(pair.data + 64, 1)], 9)
+    pair.device.drain(serve)
+    assert marks == [(pair.data + 64, 1)]
 
 
 @each_kind
