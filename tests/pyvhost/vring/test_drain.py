@@ -56,7 +56,7 @@ class Working:
 
     def add(self) -> None:
         if self.pair.driver.free_slots >= self.needed:
-            at = self.pair.data + 64 * (self.added % 32)
+            at = self.pair.data + 64 * (self.added % 512)
             self.pair.write(at, self.added.to_bytes(4, "little"))
             self.pair.driver.add([(at, 4)], [(at + 8, 4), (at + 16, 1)], self.added)
             self.added += 1
