@@ -178,6 +178,35 @@ def test_what_a_drain_writes_is_logged(kind: Kind, indirect: int) -> None:
 
 
 @each_kind
+@pytest.mark.parametrize("indirect", [0, 3])
+def test_memory_that_moves_under_a_drain(kind: Kind, indirect: int) -> None:
+    """What is answered after that is in the new place, and nothing more in the old one."""
+    pair = kind.pair(SIZE, indirect=indirect)
+    moved = plain_memory((0x1000, 1 << 16))
+    (old,), (new,) = (memory.translate(0x1000, 1 << 16) for memory in (pair.memory, moved))
+    starts = [address - 0x1000 for address in (pair.driver.desc_addr, pair.driver.avail_addr, pair.driver.used_addr)]
+    for n in range(4):
+        pair.driver.add([(pair.data, 1)] if indirect else [], [(pair.data + 64 + n, 1)], n)
+    served = []
+
+    def serve(chain: Chain) -> int:
+        served.append(chain.head)
+        if len(served) == 2:
+            new[:] = old
+            parts = [new[start : start + len(part)] for start, part in zip(starts, pair.parts, strict=True)]
+            pair.device.rebind(moved, *parts)
+        return chain.write(b"!")
+
+    assert pair.device.drain(serve) is False
+    assert [token for token, _ in pair.driver.poll()] == [0]
+    place = pair.data - 0x1000 + 64
+    assert bytes(old[place : place + 4]) == b"!!\0\0"  # the second one's chain is older than the move
+    old[:] = new
+    assert [token for token, _ in pair.driver.poll()] == [1, 2, 3]
+    assert bytes(new[place : place + 4]) == b"!\0!!"
+
+
+@each_kind
 def test_whoever_signals_may_stop_the_queue(kind: Kind) -> None:
     pair = kind.pair(SIZE, indirect=3)
     for n in range(6):
