@@ -31,7 +31,7 @@ _unpack_desc = DESC.raw.unpack_from
 _short_table = short_table(
     "QII", "QIH2x", DESC_F_NEXT | 1 << 16, DESC_F_NEXT | 2 << 16, DESC_F_NEXT | DESC_F_WRITE | 2 << 16, DESC_F_WRITE
 )
-_SIGNAL_S = 20e-6  # between two signals, in seconds, while there is work
+_SIGNAL_S = 25e-6  # between two signals, in seconds, while there is work
 _MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
 _MASK = 0xFFFF
 

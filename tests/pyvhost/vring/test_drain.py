@@ -295,9 +295,9 @@ class Clock:
 
 
 @pytest.mark.parametrize("tables", [True, False])
-@pytest.mark.parametrize(("us", "signals"), [(1, [24]), (1.7, [16]), (2.6, [8, 16, 24]), (10, [8, 16, 24])])
+@pytest.mark.parametrize(("us", "signals"), [(1.1, [24]), (1.7, [16]), (3.2, [8, 16, 24]), (10, [8, 16, 24])])
 def test_signals_keep_apart_while_there_is_work(tables: bool, us: float, signals: list[int]) -> None:
-    """The pure split queue: every 8 requests, if it is 20 µs since the last signal; and when the ring is empty."""
+    """The pure split queue: every 8 requests, if it is 25 µs since the last signal; and when the ring is empty."""
     kind = Kind(False, "pure")
     pair = kind.pair(64, indirect=3 if tables else 0)
     told: list[int] = []
