@@ -90,7 +90,7 @@ def test_many_guests_on_tee0(served: DrivenGuest) -> None:
     }, found
 
 
-@pytest.mark.feature("Broker: TAs of a real /dev/tee0 come from the guest that opens them, what they store goes to the host")
+@pytest.mark.feature("Broker: on a real /dev/teepriv0, TAs come from the guest that opens them")
 def test_the_broker_on_teepriv0(unserved: DrivenGuest) -> None:
     (found,) = step(unserved, "broker")
     told = found.pop("told")

@@ -206,9 +206,13 @@ def guest_with_tas(path, folder):
     from tee.io.supplicant import Supplicant
 
     supplicant = Supplicant([folder])
-    with closing(supplicant), closing(open_driver(path, None)) as driver:
-        with TeeRuntime(driver, supplicant) as runtime, Context(runtime) as context:
-            yield context
+    with (
+        closing(supplicant),
+        closing(open_driver(path, None)) as driver,
+        TeeRuntime(driver, supplicant) as runtime,
+        Context(runtime) as context,
+    ):
+        yield context
 
 
 def broker():
@@ -217,15 +221,18 @@ def broker():
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty"
         empty.mkdir()
-        with brokered(folder, "a", "b") as (sockets, store, told):
-            with guest_with_tas(sockets[0], "/lib/optee_armtz") as a, guest_with_tas(sockets[1], empty) as b:
-                found["without"] = outcome(b.open_session, UUIDS["hello_world"])
-                with a.open_session(UUIDS["hello_world"]) as hello:
-                    found["hello"] = hello.invoke(0, ValueInOut(41))[0].a
-                with a.open_session(UUIDS["secure_storage"]) as session:
-                    session.invoke(1, TempIn(b"name"), TempIn(b"what is to be kept"))
-                    found["kept"] = session.invoke(0, TempIn(b"name"), TempOut(100))[1].decode()
-                found["stored"] = bool(list(store.rglob("*")))
+        with (
+            brokered(folder, "a", "b") as (sockets, store, told),
+            guest_with_tas(sockets[0], "/lib/optee_armtz") as a,
+            guest_with_tas(sockets[1], empty) as b,
+        ):
+            found["without"] = outcome(b.open_session, UUIDS["hello_world"])
+            with a.open_session(UUIDS["hello_world"]) as hello:
+                found["hello"] = hello.invoke(0, ValueInOut(41))[0].a
+            with a.open_session(UUIDS["secure_storage"]) as session:
+                session.invoke(1, TempIn(b"name"), TempIn(b"what is to be kept"))
+                found["kept"] = session.invoke(0, TempIn(b"name"), TempOut(100))[1].decode()
+            found["stored"] = bool(list(store.rglob("*")))
     found["told"] = sorted({f"{name} {route}" for name, route in told})
     print(json.dumps(found))
 
