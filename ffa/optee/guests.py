@@ -30,6 +30,7 @@ class Shm:
     """A region that was retrieved. Its memory has all its pages."""
 
     handle: int
+    owner: int  #: the VM that has shared it
     memory: Memory
     users: int = 0  #: calls and answers to RPCs that name it
     registering: RegisterMemory | None = None
@@ -97,6 +98,7 @@ class Guest:
 
     vm: int
     limits: Limits
+    name: str  #: as the TEE knows it
     context: object = None
     opening: OpenContext | None = None
     ended: bool = False
@@ -127,7 +129,7 @@ class Guest:
 
     def shm_of(self, memory: Memory) -> Shm:
         """The region of this memory. Raises MessageError(GENERIC): it is not the VM's."""
-        found = self.shms.get(memory.ffa_handle) if memory.ffa_handle is not None else None
+        found = self.shms.get(memory.ffa.handle) if memory.ffa is not None else None
         if found is None or found.memory is not memory:
             raise MessageError(Result.GENERIC, "the TEE names memory that is not the VM's")
         return found

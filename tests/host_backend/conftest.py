@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.host_backend.bench import Bench, Guest, StartedOnly
+from tee.soft import SoftTee
+from tests.host_backend.bench import Bench, Guest, StartedOnly, over_ffa
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("started"):
         return  # it sees to both itself
     if metafunc.cls is None or not issubclass(metafunc.cls, unittest.TestCase):
-        metafunc.parametrize("at_once", [True, False], ids=["at-once", "started"], indirect=True)
+        kinds = [SoftTee, StartedOnly, over_ffa]
+        metafunc.parametrize("tee_type", kinds, ids=["at-once", "started", "ffa"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not getattr(request, "param", True):
-        monkeypatch.setattr(Bench, "tee_type", StartedOnly)
+def tee_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "tee_type", staticmethod(getattr(request, "param", SoftTee)))
