@@ -60,12 +60,10 @@ class TeeDevice(Device):
         ffa_vm: int | None = None,
     ) -> None:
         self.ffa_vm = ffa_vm
-        self.offered = IMPLEMENTED_FEATURES
-        if ffa_vm is not None:
-            tee = router.tee
-            if not (isinstance(tee, TakesHandles) and tee.takes_handles_of(vm, ffa_vm)):
-                raise ValueError(f"the TEE takes no memory that FF-A endpoint {ffa_vm:#x} shares for guest {vm}")
-            self.offered |= Feature.FFA_HANDLE
+        tee = router.tee
+        if ffa_vm is not None and not (isinstance(tee, TakesHandles) and tee.takes_handles_of(vm, ffa_vm)):
+            raise ValueError(f"the TEE takes no memory that FF-A endpoint {ffa_vm:#x} shares for guest {vm}")
+        self.offered = IMPLEMENTED_FEATURES if ffa_vm is not None else IMPLEMENTED_FEATURES & ~Feature.FFA_HANDLE
         self.features = int(self.offered)
         self.num_queues = Queue.REQUEST + request_queues
         self.router = router

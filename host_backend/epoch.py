@@ -778,8 +778,8 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
-"""What every device offers. One of a guest whose FF-A endpoint the TEE knows offers FFA_HANDLE, too."""
+IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION | Feature.FFA_HANDLE
+"""FFA_HANDLE is offered to guests whose FF-A endpoint the operator has named, by a TEE that knows it."""
 
 _HANDLE_REFUSED: dict[int, Status] = {
     Result.ITEM_NOT_FOUND: Status.NOT_FOUND,

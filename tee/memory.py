@@ -17,8 +17,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class FfaShare:
-    """Memory that was shared with the TEE by FF-A, as others can name it: its 64-bit handle, the tag of the transaction,
-    and the endpoint that has shared it (0: whoever names it)."""
+    """Memory that was shared with the TEE by FF-A, as others can name it.
+
+    ``handle`` and ``tag`` have 64 bits; ``owner`` is the endpoint that has shared it (0: whoever names it).
+    """
 
     handle: int
     tag: int = 0

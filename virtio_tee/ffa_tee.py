@@ -94,6 +94,7 @@ class FfaTee:
             limits=limits,
             names={id: name for name, id in devices.items()},
             proxies={devices[name]: {owner} for name, owner in guests.items() if owner is not None},
+            runs=1,  # between two runs others have their turn
         )
         self.spmc.add(self.partition)
         self.machine.add(PARTITION, PARTITION_MEMORY, 2, secure=True)
@@ -167,8 +168,10 @@ class FfaTee:
         assert sink is not None
         while unknown:
             sink(unknown.pop(0))
-        dues = [due for due in [driver.run() for driver in self._drivers.values()] if due is not None]
-        return min(dues, default=None)
+        dues = [driver.run() for driver in self._drivers.values()]
+        with self._lock:
+            self.partition.work()
+        return min((due for due in (*dues, self.partition.due) if due is not None), default=None)
 
     def allocate(self, size: int) -> Memory:
         """See :class:`~tee.driver.TeeDriver`. Every device works on copies: any memory is as good."""

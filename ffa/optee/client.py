@@ -102,6 +102,7 @@ class FfaContext:
     """A client's context. OP-TEE knows none: the driver keeps what hangs under it."""
 
     driver: FfaTeeDriver
+    owner: object = None  #: of the call that opened it: who is told of notifications
     sessions: set[FfaSession] = field(default_factory=set)
     registered: dict[Memory, FfaRegion] = field(default_factory=dict)
     closing: CloseContext | None = None
@@ -155,6 +156,7 @@ class _Flight:
     begun: bool = False
     frame: tuple[int, ...] = ()  #: w3 to w7 of the next request
     rpc: Rpc | None = None  #: that somebody is to answer
+    lent: dict[Rpc, MemRef] = field(default_factory=dict)  #: memory that its RPCs were answered with
 
 
 class FfaTeeDriver:
@@ -186,7 +188,7 @@ class FfaTeeDriver:
         self._all: set[_Flight] = set()
         self._rpcs: dict[Rpc, _Flight] = {}
         self._regions: dict[int, FfaRegion] = {}  #: by handle
-        self._lent: set[Memory] = set()
+        self._lent: dict[Memory, MemRef] = {}  #: what was the answer to a SHM_ALLOC, and was not freed
         self._ending: dict[FfaRegion, int] = {}  #: regions to be given back, and how often that was tried
         self._released: set[Memory] = set()  #: by their owner, while they are shared
         self._spare: list[FfaRegion] = []  #: pages for messages
@@ -309,7 +311,9 @@ class FfaTeeDriver:
             code, wires = Result.BAD_PARAMETERS, []
         else:
             if rpc.command == RpcCommand.SHM_ALLOC and code == Result.SUCCESS:
-                self._lent.update(p.memory for p in reply.params if isinstance(p, MemRef) and p.memory is not None)
+                for given in reply.params:
+                    if isinstance(given, MemRef) and given.memory is not None:
+                        self._lent[given.memory] = flight.lent[rpc] = given
         flight.rpc = None
         self._answer(flight, code, wires)
 
@@ -426,17 +430,27 @@ class FfaTeeDriver:
         return handle
 
     def _open_context(self, call: OpenContext) -> None:
-        context = FfaContext(self)
+        context = FfaContext(self, call.owner)
         self._contexts.add(context)
         self._done(call, Result.SUCCESS, Origin.TEE, context)
 
     def _close_context(self, call: CloseContext) -> None:
         context = self._context(call.context)
         context.closing = call
-        for flight in [f for f in self._all if f.context is context and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.context is context])
         self._go_on_closing(context)
+
+    def _end_calls(self, flights: list[_Flight]) -> None:
+        """Cancels them; what they ask for is not waited for any more."""
+        for flight in flights:
+            if flight.call is None:
+                continue
+            self.cancel(flight.call)
+            if flight.rpc is not None:
+                self._rpcs.pop(flight.rpc, None)
+                self._ready.append(RpcWithdrawn(flight.rpc))
+                flight.rpc = None
+                self._answer(flight, Result.COMMUNICATION, [])
 
     def _go_on_closing(self, context: FfaContext) -> None:
         """Calls end first, then sessions, then registrations; then the context is closed."""
@@ -453,7 +467,8 @@ class FfaTeeDriver:
             self._unshare(region)
         if not context.registered and context in self._contexts:
             self._contexts.discard(context)
-            self._done(context.closing, Result.SUCCESS, Origin.TEE)
+            call, context.closing, context.owner = context.closing, None, None  # they refer to the context
+            self._done(call, Result.SUCCESS, Origin.TEE)
 
     def _open_session(self, call: OpenSession) -> None:
         context = self._context(call.context)
@@ -475,9 +490,7 @@ class FfaTeeDriver:
         self._close(self._session(call.session), call)
 
     def _close(self, session: FfaSession, call: CloseSession | None) -> None:
-        for flight in [f for f in self._all if f.session is session and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.session is session])
         session.closing = True
         message = Message(Command.CLOSE_SESSION, session=session.ident)
         try:
@@ -605,7 +618,7 @@ class FfaTeeDriver:
         if flight.call is not None:
             self._flights[flight.call] = flight
         if first:
-            self._waiting.appendleft(flight)
+            self._runnable.appendleft(flight)
         else:
             self._waiting.append(flight)
 
@@ -622,6 +635,11 @@ class FfaTeeDriver:
 
     def _step(self, flight: _Flight) -> bool:
         """Lets the partition work on a message; whether it got on."""
+        if flight.message.cmd == Command.CLOSE_SESSION and any(
+            f.session is flight.session and f is not flight for f in self._all
+        ):
+            self._waiting.append(flight)  # after the session's calls
+            return False
         answer = self._request(flight.frame)
         if answer is None:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
@@ -687,6 +705,10 @@ class FfaTeeDriver:
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
+        for rpc, given in flight.lent.items():
+            if given.memory is not None and self._lent.get(given.memory) is given:
+                del self._lent[given.memory]  # the TEE uses it no longer than the call lasts
+                self._ready.append(RpcWithdrawn(rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
         context, opened = flight.context, flight.message.cmd == Command.OPEN_SESSION
@@ -754,8 +776,8 @@ class FfaTeeDriver:
             case [Value(direction=Direction.IN, a=kind, b=handle)]:
                 memory = self._memory(handle)
                 if memory in self._lent:
-                    self._lent.discard(memory)
-                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, 0, memory.size)]
+                    given = self._lent.pop(memory)
+                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, given.offset, given.size)]
         raise MessageError(Result.BAD_PARAMETERS, "a SHM_FREE of what was not lent")
 
     def _memory(self, handle: int) -> Memory:
@@ -783,7 +805,8 @@ class FfaTeeDriver:
             case RpcCommand.GET_TIME, _:
                 return RpcReply(Result.BAD_PARAMETERS)
             case RpcCommand.NOTIFICATION, [Value(direction=Direction.IN, a=kind, b=value)] if kind == NOTIFY_SEND:
-                self._ready.append(Notification(value & 0xFFFF_FFFF))
+                owner = next((c.owner for c in self._contexts if c.closing is None), None)
+                self._ready.append(Notification(value & 0xFFFF_FFFF, owner))
                 return RpcReply(Result.SUCCESS)
             case RpcCommand.NOTIFICATION, _:
                 return RpcReply(Result.NOT_SUPPORTED)

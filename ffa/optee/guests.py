@@ -74,6 +74,7 @@ class Thread:
     params: list[Param] = field(default_factory=list)  #: what they mean
     call: Call | None = None
     held: list[Shm] = field(default_factory=list)  #: what it uses
+    lent: list[Rpc] = field(default_factory=list)  #: its SHM_ALLOCs that were answered with memory
     then: Callable[[int], None] | None = None  #: goes on, or gives up with a code, when all that it uses is registered
     done: bool = False  #: the outcome stands in ``message``
     asks: deque[Ask] = field(default_factory=deque)  #: RPCs that wait

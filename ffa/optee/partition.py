@@ -78,7 +78,7 @@ log = logging.getLogger(__name__)
 RPC_PARAMS = 4
 """Parameters of the RPC argument behind each message."""
 RUNS = 64
-"""How often the TEE is run for one direct request, at most."""
+"""How often the TEE is run for one direct request, at most, where nothing else is said."""
 OS_VERSION = (4, 10, 0)
 
 _BAD = Result.BAD_PARAMETERS
@@ -95,9 +95,9 @@ class OpteePartition(Endpoint):
     """The partition. VMs' memory has to have a backing (:meth:`~ffa.roles.machine.Machine.add`): the TEE works on the
     bytes themselves.
 
-    ``tee`` is the partition's alone; its buffers have to be mapped before the first call. ``names`` says what the TEE is
-    told of a VM's name. ``proxies`` says whose memory a VM may name besides its own: VM → VMs (a host's device, for the
-    guest that it serves).
+    ``tee`` is the partition's alone; its buffers have to be mapped before the first call. ``names`` says what the TEE
+    is told of a VM's name, ``runs`` how often the TEE is run for one direct request, at most. ``proxies`` says whose
+    memory a VM may name besides its own: VM → VMs (a host's device, for the guest that it serves).
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class OpteePartition(Endpoint):
         version: int = VERSION_1_2,
         names: Mapping[int, str] | None = None,
         proxies: Mapping[int, Collection[int]] | None = None,
+        runs: int = RUNS,
     ) -> None:
         properties = Property.DIRECT_REQ_RECV | Property.NOTIFICATIONS | Property.AARCH64
         super().__init__(id, machine, uuid=OPTEE_UUID, properties=properties, version=version)
@@ -117,6 +118,8 @@ class OpteePartition(Endpoint):
         self.limits = limits or Limits()
         self.names = names or {}
         self.proxies = proxies or {}
+        self._runs = runs
+        self.due: float | None = None  #: when the TEE wants to run again, as it has said last
         self.guests: dict[int, Guest] = {}
         self._threads: dict[int, Thread] = {}
         self._idents = itertools.count(1)
@@ -152,7 +155,7 @@ class OpteePartition(Endpoint):
             self._start(CloseContext(owner=guest, context=guest.context), partial(self._guest_gone, guest))
         elif guest.opening is None:
             self._let_go(guest)
-        self._work()
+        self.work()
 
     def _guest_gone(self, guest: Guest, done: Done) -> None:
         self._let_go(guest)
@@ -166,7 +169,7 @@ class OpteePartition(Endpoint):
     def receive(self, frame: Frame, vcpu: int) -> Frame:
         """Answers direct requests; FFA_RUN lets the TEE work."""
         if response_to(frame.fid) is None:
-            self._work()
+            self.work()
             return Frame.of(Ffa.MSG_WAIT)
         if frame.fid not in (fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)):
             return respond(frame, Result.NOT_SUPPORTED)
@@ -184,10 +187,16 @@ class OpteePartition(Endpoint):
             log.debug("vm %s: %s refused: %s", vm, Service(x[3]).name, e)
             return respond(frame, e.code)
 
-    def _work(self) -> None:
-        for _ in range(RUNS):
-            if self.tee.run() != 0:
+    def work(self) -> None:
+        """Lets the TEE work, outside of any request."""
+        for _ in range(self._runs):
+            if not self._run():
                 break
+
+    def _run(self) -> bool:
+        """Lets the TEE work; whether it has more to do."""
+        self.due = self.tee.run()
+        return self.due == 0
 
     def _api_version(self, guest: Guest, x: Frame) -> Words:
         return API_VERSION
@@ -218,8 +227,8 @@ class OpteePartition(Endpoint):
         if shm.unregistering is None:
             shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
             self._start(shm.unregistering, partial(self._unregistered, guest, shm))
-        for _ in range(RUNS):
-            more = self.tee.run() == 0
+        for _ in range(self._runs):
+            more = self._run()
             if shm.unregistering is None or not more:
                 break
         if guest.shms.get(shm.handle) is shm:
@@ -386,14 +395,18 @@ class OpteePartition(Endpoint):
         return thread
 
     def _leave(self, thread: Thread) -> None:
+        for rpc in thread.lent:
+            _, given = self._given.pop(rpc, (None, None))
+            if given is not None and given.memory is not None:
+                thread.guest.give_back(given.memory)  # the TEE uses it no longer than the call lasts
         for shm in thread.held:
             shm.users -= 1
         del self._threads[thread.ident], thread.guest.threads[thread.ident]
 
     def _go_on(self, thread: Thread) -> Words:
         """Lets the TEE work until the thread has something to say, or nothing can be done now."""
-        for _ in range(RUNS):
-            if (thread.done and thread.then is None) or thread.asks or self.tee.run() != 0:
+        for _ in range(self._runs):
+            if (thread.done and thread.then is None) or thread.asks or not self._run():
                 break
         while thread.asks:
             ask = thread.asks.popleft()
@@ -672,6 +685,7 @@ class OpteePartition(Endpoint):
                 self._free(thread, shm.handle)
             else:
                 thread.guest.lent.append(shm)
+                thread.lent.append(ask.rpc)
                 self._given[ask.rpc] = thread.guest, given
                 self.tee.answer(ask.rpc, RpcReply(Result.SUCCESS, [given]))
 

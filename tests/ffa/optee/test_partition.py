@@ -344,7 +344,7 @@ def test_random_calls(seed: int) -> None:
     vm = kernel.vm.endpoint
     for _ in range(50):
         vm.call(Call.MSG_SEND_DIRECT_REQ, vm.id << 16 | path.partition.id, 0, Service.GET_API_VERSION)
-        path.partition._work()
+        path.partition.work()
     assert all(vm.reclaim(handle).ok for handle in handles)
     other = Kernel(path, path.guests[1])
     theirs = other.share(4)
