@@ -296,6 +296,7 @@ class Guest:
         features: Feature = ALL,
         queues: int = 1,
         buffers: int = 16,
+        ffa_vm: int | None = None,
     ) -> None:
         self.bench = bench
         self.limits = limits or Limits()
@@ -308,6 +309,7 @@ class Guest:
             clock=bench.clock,
             new_epoch=new_epoch,
             trace=bench.trace,
+            ffa_vm=ffa_vm,
         )
         self.device.queues = [None] * self.device.num_queues
         self.memory = self.device.memory = plain_memory((RAM, RAM_SIZE))
