@@ -65,7 +65,7 @@ def ram(guest: MiddleGuest) -> bytes:
     return bytes(transport._ram.at(transport._ram.guest_addr, transport._ram.size))
 
 
-@pytest.mark.feature("FF-A: the middle way: control over virtio, and no byte of data where the host could read it")
+@pytest.mark.feature("FF-A: the middle way, control over virtio and no byte of data where the host could read it")
 def test_no_byte_passes_through_the_device(guest: MiddleGuest) -> None:
     flipped = bytes(b ^ 0xFF for b in MARK)
     with TeeRuntime(guest.driver) as runtime, Context(runtime, register_from=1) as context:
