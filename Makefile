@@ -67,7 +67,8 @@ lab-qemu-linux: $(READY)
 	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu module --arch aarch64
-	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py
+	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py \
+		tests/lab/test_linux_fuzz.py
 	VIRTIO_TEE_ARCH=aarch64 $(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
 lab-uml: $(READY)

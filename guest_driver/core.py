@@ -211,6 +211,11 @@ class VirtioTeeDriver:
         """Which TEE stands behind the device."""
         return self.config.info
 
+    @property
+    def max_params(self) -> int:
+        """Parameters that a call can have."""
+        return self.config.limits.max_params
+
     def attach(self, sink: Sink) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
         self._sink = sink

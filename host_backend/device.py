@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _NOTIFY_EVERY = 4
 """Completions of calls that took their time after which the driver is signalled while the device goes on working."""
 
-_SIGNAL_S = 30e-6
+_SIGNAL_S = 50e-6
 """Seconds after which it is signalled of requests that are answered one after the other: a signal is dear."""
 
 _BUDGET = 64

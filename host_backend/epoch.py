@@ -122,6 +122,7 @@ class Epoch:
         self._sought_late: dict[int, list[Pending]] = {}
         """Those that came when the search had begun."""
         self._max_calls = limits.max_calls
+        self._logins = tee.info.logins
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
@@ -242,6 +243,8 @@ class Epoch:
         body = request.body
         if body.client_login == Login.REE_KERNEL:
             raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+        if self._logins is not None and body.client_login not in self._logins:
+            raise RequestError(Status.DENIED, f"login {body.client_login} cannot be carried to this TEE")
         params, regions = self._params(request.params, request.data, request.inline_at, context)
         self._admit(request)
         session = SessionEntry(context)
@@ -582,12 +585,23 @@ class Epoch:
         if isinstance(pending.call, CloseContext) and self._in_use(pending.context):
             pending.context.then = lambda: self.done(pending, done)
             return
+        if pending.regions:
+            self._log_writes(pending.call)
         self._return(pending, done, pending.finish(self, pending, done))
         # only now: what waits for this memory comes after this request
         used, pending.regions, pending.held = [*pending.regions, *pending.held], [], []
         for region in used:
             self.unuse(region)
         self._drained()
+
+    def _log_writes(self, call: Call | None) -> None:
+        """The TEE has written to regions: a live migration shall copy them, if there is one."""
+        if isinstance(call, Invoke | OpenSession):
+            for param in call.params:
+                if type(param) is MemRef and param.direction is not _IN:
+                    region = self.by_memory.get(id(param.memory))
+                    if region is not None and region.lease is not None:
+                        region.lease.mark_dirty()
 
     def _return(self, pending: Pending, done: Done, rest: tuple[bytes, ...]) -> None:
         """Write the response to a request that has ended, or keep it while the ring is stopped."""

@@ -82,7 +82,7 @@ async def serve(
         listeners = [stack.enter_context(_listen(endpoint)) for endpoint in config.endpoints]
         exporter = stack.enter_context(listen(config.metrics)) if config.metrics is not None else None
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
-        dataplane.post(lambda: _attach(dataplane, router))
+        dataplane.post(lambda: attach(dataplane, router))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_until_signal, nursery.cancel_scope)
             async with trio.open_nursery() as guests:
@@ -122,7 +122,8 @@ def _listen(endpoint: Endpoint) -> Listener:
         raise OSError(why if where in why else f"{where}: {why}") from None
 
 
-def _attach(dataplane: DataPlane, router: Router) -> None:
+def attach(dataplane: DataPlane, router: Router) -> None:
+    """Have the router's TEE run on the data-plane thread, which is to be the caller's."""
     dataplane.add_runner(router)
     fd = router.tee.fileno()
     if fd is not None:

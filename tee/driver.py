@@ -53,6 +53,8 @@ class TeeInfo:
     impl_id: int
     impl_caps: int
     gen_caps: int
+    logins: frozenset[int] | None = None
+    """Logins that it can be told faithfully; None: all. Sessions with others are not to be opened."""
 
 
 @dataclass(slots=True)
@@ -85,7 +87,16 @@ class Notification:
     owner: object = None
 
 
-Event = Done | Rpc | RpcWithdrawn | Notification
+@dataclass(slots=True)
+class Placed:
+    """A region of ``size`` bytes, registered by ``owner``, is used in place from now on; or by copies, and ``why``."""
+
+    owner: object
+    size: int
+    why: str = ""
+
+
+Event = Done | Rpc | RpcWithdrawn | Notification | Placed
 Sink = Callable[[Event], None]
 
 

@@ -98,6 +98,11 @@ class Memory:
             piece[:] = data[done : done + len(piece)]
             done += len(piece)
 
+    def pieces(self, offset: int, size: int) -> list[memoryview]:
+        """The bytes in place, in order. Raises ValueError outside the memory."""
+        self._check(offset, size)
+        return self._pieces(offset, size)
+
     def forget(self) -> None:
         """Give up the views: from here on nothing can be read or written through this object."""
         self._segments = ()

@@ -9,13 +9,16 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tee.soft.examples import UUIDS, source
 from virtio_tee.attach import FOLDER, open_driver, scenario_option, supplicant_of, ta_folders
-from virtio_tee.outcome import Outcome, from_events, from_trace, show
+from virtio_tee.outcome import Exchange, Outcome, from_events, from_trace, show
+
+if TYPE_CHECKING:
+    from tee.io.supplicant import Services
 
 GUEST_TIMEOUT_S = 60
 READY_TIMEOUT_S = 20
@@ -44,8 +47,9 @@ THE_ONLY_ONE = "auto"
     "--device",
     is_flag=False,
     flag_value=THE_ONLY_ONE,
-    metavar="[ADDRESS]",
-    help="In a guest: use its TEE device, by PCI address (0000:00:03.0) or the only one, and the backend behind it.",
+    metavar="[ADDRESS|PATH]",
+    help="In a guest: use its TEE device, by PCI address (0000:00:03.0) or the only one, and the backend behind it. On "
+    "any machine: a TEE device of Linux, by its path (/dev/tee0).",
 )
 @click.option(
     "--ta-folder",
@@ -91,7 +95,8 @@ def demo(
     pseudo-TA.
 
     Inside a guest, --device runs the same on the real device: the TAs hello_world, random and probe, signed by a key
-    that the backend trusts, have to lie in the guest's folder.
+    that the backend trusts, have to lie in the guest's folder. --device /dev/tee0 does it by way of the kernel's
+    driver: the demo serves the TEE's RPCs on /dev/teepriv0, unless a supplicant runs that does.
 
     Exit status 1: something failed.
     """
@@ -102,7 +107,10 @@ def demo(
             raise click.UsageError("--device is on the virtio path")
         if folder or without:
             raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
-        outcome = _on_device(name, None if device == THE_ONLY_ONE else device, ta_places)
+        if device.startswith("/"):
+            outcome = _on_linux(name, Path(device), ta_places)
+        else:
+            outcome = _on_device(name, None if device == THE_ONLY_ONE else device, ta_places)
     else:
         if ta_places:
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
@@ -120,16 +128,12 @@ def _on_device(name: str, address: str | None, folders: tuple[Path, ...]) -> Out
     """In this process, on the PCI device; the driver counts requests and RPCs, where they leave and arrive."""
     from tee.driver import TeeKind
     from tee.io.runtime import TeeRuntime
-    from tee.io.supplicant import Services
     from virtio_tee import scenario
     from virtio_tee.report import Report
 
-    found = ta_folders(folders)
-    if not found:
-        raise click.UsageError("no TAs: put those that the backend trusts into /lib/optee_armtz, or say --ta-folder")
     start = time.monotonic()
     report = Report()
-    supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
+    supplicant = supplicant_of(_services(folders))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
             scenario.run(scenario.SCENARIOS[name], runtime, report)
@@ -143,6 +147,43 @@ def _on_device(name: str, address: str | None, folders: tuple[Path, ...]) -> Out
         requests=from_events(report.events, "start", "done"),
         rpcs=from_events(report.events, "rpc", "answer", answered_by="guest"),
     )
+
+
+def _on_linux(name: str, path: Path, folders: tuple[Path, ...]) -> Outcome:
+    """In this process, on the kernel's driver; its RPCs are served, and noted, beside it, where nobody else does."""
+    from tee.io.runtime import TeeRuntime
+    from virtio_tee import linux_tee, scenario
+    from virtio_tee.report import Report
+
+    start = time.monotonic()
+    report = Report()
+    rpcs: list[Exchange] = []
+    try:
+        driver = linux_tee.open_linux(path)
+    except OSError as e:
+        raise click.ClickException(str(e)) from None
+    with closing(driver), closing(supplicant_of(_services(folders))) as supplicant:
+        linux_tee.serve_beside(path, supplicant, rpcs.append)
+        with TeeRuntime(driver, None, report.observe) as runtime:
+            scenario.run(scenario.SCENARIOS[name], runtime, report)
+    return Outcome(
+        why=report.why,
+        elapsed_s=time.monotonic() - start,
+        tee="linux",
+        path="linux",
+        steps=report.as_json()["steps"],
+        requests=from_events(report.events, "start", "done"),
+        rpcs=rpcs,
+    )
+
+
+def _services(folders: tuple[Path, ...]) -> Services:
+    from tee.io.supplicant import Services
+
+    found = ta_folders(folders)
+    if not found:
+        raise click.UsageError("no TAs: put those that the TEE trusts into /lib/optee_armtz, or say --ta-folder")
+    return Services(ta_folders=tuple(str(folder) for folder in found))
 
 
 def _over_ffa(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from device.config import Limits
 from pyvhost.device import SPIN_US
 from virtio_tee import systemd
 from virtio_tee.keys import public_key
+from virtio_tee.linux_tee import device_of, guests_logins, linux_options, open_linux
 from virtio_tee.logs import verbose_option
 from virtio_tee.throttle import throttle_logs
 
@@ -25,22 +27,7 @@ if TYPE_CHECKING:
     from tee.driver import TeeDriver
 
 
-def _over_ffa(soft: Callable[[], TeeDriver], guests: Mapping[str, int | None]) -> TeeDriver:
-    from virtio_tee.ffa_tee import FfaTee
-
-    try:
-        return FfaTee(soft(), guests)
-    except ValueError as e:
-        raise click.UsageError(f"--ffa-vm: {e}") from None
-
-
-TEES: dict[str, Callable[[Callable[[], TeeDriver], Mapping[str, int | None]], TeeDriver]] = {
-    "soft": lambda soft, guests: soft(),
-    "ffa": _over_ffa,
-}
-"""What ``--tee`` can be → how it is made, of what makes the software TEE and the guests with their FF-A endpoints."""
-
-CAPABILITIES = {"type": "tee", "features": [], "tee": list(TEES)}
+CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft", "ffa", "linux"]}
 """What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
 
 _LIMIT_HELP = {
@@ -89,10 +76,11 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
 @click.option(
     "--tee",
     "kind",
-    type=click.Choice(list(TEES)),
     default="soft",
     show_default=True,
-    help="Which TEE: the software TEE, or that behind OP-TEE's partition of a model of FF-A.",
+    metavar="soft|ffa|linux[:DEVICE]",
+    help="Which TEE: the software TEE, that behind OP-TEE's partition of a model of FF-A, or that of this host behind "
+    "a Linux TEE device (default: /dev/tee0).",
 )
 @click.option(
     "--ffa-vm",
@@ -169,6 +157,7 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     callback=_print_capabilities,
     help="Print what this backend can do, as JSON, and exit.",
 )
+@linux_options
 @limit_options
 @verbose_option
 def serve(
@@ -188,6 +177,11 @@ def serve(
     require_sealed: bool,
     trace: Path | None,
     metrics: str | None,
+    tee_threads: int,
+    no_zero_copy: bool,
+    copy_mib: int,
+    host_logins: bool,
+    broker: str | None,
     **limits: int,
 ) -> None:
     """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
@@ -198,6 +192,7 @@ def serve(
     One guest:   virtio-tee serve --socket-path /run/tee.sock --ta-key vendor.pem
     Then, QEMU:  -chardev socket,id=tee,path=/run/tee.sock -device vhost-user-tee-pci,chardev=tee
                  (guest memory must be shared: -object memory-backend-memfd,…,share=on)
+    Real TEE:    virtio-tee serve --socket-path /run/tee.sock --tee linux
     Two guests:  virtio-tee serve -s /run/a.sock --vm a -s /run/b.sock --vm b --ta-key vendor.pem
     systemd:     docs/systemd; sockets that systemd passes (LISTEN_FDS) are served if no other is named
     """
@@ -208,6 +203,8 @@ def serve(
     from host_backend.serve import serve as run
     from host_backend.trace import Trace
 
+    device = device_of(kind)
+    _check_options(kind, device is None)
     throttle_logs()
     _allow_descriptors()
     passed = systemd.listen_fds()
@@ -236,10 +233,20 @@ def serve(
     recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        tee = TEES[kind](
-            lambda: _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call),
-            dict(zip(names, owners, strict=True)),
-        )
+        if device is None:
+            tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+            if kind == "ffa":
+                tee = _over_ffa(tee, dict(zip(names, owners, strict=True)))
+        else:
+            logins = guests_logins(host_logins, count)
+            tee = open_linux(
+                device,
+                threads=tee_threads,
+                copy_mib=copy_mib,
+                zero_copy=not no_zero_copy,
+                logins=logins,
+                broker=broker,
+            )
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
@@ -249,6 +256,22 @@ def serve(
         systemd.notify("STOPPING=1")
         if recorder is not None:
             recorder.close()
+
+
+_ONLY = {
+    True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins", "broker"),
+    False: ("keys", "ta_folders", "built_in_tas", "threads", "storage_key", "longest_call"),
+}
+"""Options that are wrong with the software TEE, however it is reached, and with others: these are what it is itself set
+up for."""
+
+
+def _check_options(kind: str, soft: bool) -> None:
+    ctx = click.get_current_context()
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in _ONLY[soft]:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --tee {kind if soft else 'linux'}")
 
 
 def _allow_descriptors() -> None:
@@ -312,3 +335,12 @@ def _soft(
         )
     except ValueError as e:  # a key that is none
         raise click.UsageError(str(e)) from None
+
+
+def _over_ffa(soft: TeeDriver, guests: Mapping[str, int | None]) -> TeeDriver:
+    from virtio_tee.ffa_tee import FfaTee
+
+    try:
+        return FfaTee(soft, guests)
+    except ValueError as e:
+        raise click.UsageError(f"--ffa-vm: {e}") from None

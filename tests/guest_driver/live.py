@@ -18,6 +18,7 @@ from guest_driver.core import DRIVER_FEATURES, VirtioTeeDriver
 from guest_driver.vhost_user import VhostUserTransport
 from host_backend.device import TeeDevice
 from host_backend.router import Router
+from host_backend.serve import attach
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.server import serve
 from pyvhost.io.sockets import Listener
@@ -36,13 +37,11 @@ class Live:
     """The device behind ``path``; ``tee`` is the one that it serves."""
 
     reached: Callable[[SoftTee], TeeDriver] = staticmethod(lambda tee: tee)
-    """How the software TEE is reached."""
+    """How the software TEE is reached, where nothing else is said."""
 
-    def __init__(self, path: Path, limits: Limits, queues: int, built_in: Mapping[UUID, type[TrustedApplication]],
-                 reached: Callable[[SoftTee], TeeDriver] | None = None, **options: Any) -> None:  # fmt: skip
+    def __init__(self, path: Path, limits: Limits, queues: int, tee: TeeDriver) -> None:
         self.path = str(path)
-        soft = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
-        self.tee = (reached or self.reached)(soft)
+        self.tee = tee
         self.router = Router(self.tee, time.monotonic)
         self.device = TeeDevice(
             self.router,
@@ -66,15 +65,22 @@ def live(
     *,
     queues: int = 1,
     built_in: Mapping[UUID, type[TrustedApplication]] | None = None,
+    tee: TeeDriver | None = None,
+    reached: Callable[[SoftTee], TeeDriver] | None = None,
     **options: Any,
 ) -> Iterator[Live]:
-    """Serve a device until the end; then nothing of the guest's may be left in the TEE."""
-    one = Live(folder / "tee.sock", limits or Limits(), queues, built_in or examples.built_in(), **options)
+    """Serve a device until the end; then nothing of the guest's may be left in the TEE. ``tee``: another one than a
+    software TEE with these TAs and ``options``, which is ``reached`` directly or behind OP-TEE's partition."""
+    if tee is None:
+        built_in = built_in or examples.built_in()
+        soft = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
+        tee = (reached or Live.reached)(soft)
+    one = Live(folder / "tee.sock", limits or Limits(), queues, tee)
     started = threading.Event()
     scope = trio.CancelScope()
     tokens: list[trio.lowlevel.TrioToken] = []
     with Listener.at_path(one.path) as listener, one.dataplane as dataplane:
-        dataplane.post(lambda: dataplane.add_runner(one.router))
+        dataplane.post(lambda: attach(dataplane, one.router))
 
         async def main() -> None:
             tokens.append(trio.lowlevel.current_trio_token())

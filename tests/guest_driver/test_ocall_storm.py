@@ -182,6 +182,7 @@ def storm(path: str, folder: Path, threads: int, rounds: int, seed: int) -> None
         machine.close()
 
 
+@pytest.mark.fault("ocall-client-goes")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("path", PATHS)
 def test_rounds_of_bad_ends(tmp_path: Path, path: str, threads: int) -> None:
