@@ -82,9 +82,9 @@ def device_of(kind: str) -> Path | None:
     name, colon, path = kind.partition(":")
     if name == "linux" and (path or not colon):
         return Path(path or DEVICE)
-    if kind == "soft":
+    if kind in ("soft", "ffa"):
         return None
-    raise click.UsageError(f"--tee {kind}: say soft, linux, or linux:/dev/teeN")
+    raise click.UsageError(f"--tee {kind}: say soft, ffa, linux, or linux:/dev/teeN")
 
 
 def open_linux(

@@ -8,7 +8,7 @@ import os
 import resource
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from virtio_tee.throttle import throttle_logs
 if TYPE_CHECKING:
     from tee.driver import TeeDriver
 
-CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft", "linux"]}
+
+CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft", "ffa", "linux"]}
 """What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
 
 _LIMIT_HELP = {
@@ -77,8 +78,18 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     "kind",
     default="soft",
     show_default=True,
-    metavar="soft|linux[:DEVICE]",
-    help="Which TEE: the software TEE, or that of this host behind a Linux TEE device (default: /dev/tee0).",
+    metavar="soft|ffa|linux[:DEVICE]",
+    help="Which TEE: the software TEE, that behind OP-TEE's partition of a model of FF-A, or that of this host behind "
+    "a Linux TEE device (default: /dev/tee0).",
+)
+@click.option(
+    "--ffa-vm",
+    "ffa_vms",
+    multiple=True,
+    type=click.IntRange(1, 0x3FFF),
+    metavar="ID",
+    help="With --tee ffa: each guest's FF-A endpoint, in order. It may register memory that this endpoint has shared "
+    "with the TEE, and no other's.",
 )
 @click.option(
     "--ta-key",
@@ -154,6 +165,7 @@ def serve(
     fds: tuple[int, ...],
     vms: tuple[str, ...],
     kind: str,
+    ffa_vms: tuple[int, ...],
     keys: tuple[Path, ...],
     ta_folders: tuple[Path, ...],
     built_in_tas: bool,
@@ -192,7 +204,7 @@ def serve(
     from host_backend.trace import Trace
 
     device = device_of(kind)
-    _check_options(device is None)
+    _check_options(kind, device is None)
     throttle_logs()
     _allow_descriptors()
     passed = systemd.listen_fds()
@@ -202,11 +214,14 @@ def serve(
     count = len(paths) + len(fds)
     if vms and len(vms) != count:
         raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
+    if ffa_vms and (kind != "ffa" or len(ffa_vms) != count):
+        raise click.UsageError("--ffa-vm goes with --tee ffa, and is given once for each socket")
     names = vms or tuple(f"vm{i}" for i in range(count))
+    owners = ffa_vms or (None,) * count
     places = [{"path": path} for path in paths] + [{"fd": fd} for fd in fds]
     try:
         config = ServeConfig(
-            [Endpoint(name, **place) for name, place in zip(names, places, strict=True)],
+            [Endpoint(name, **place, ffa_vm=owner) for name, place, owner in zip(names, places, owners, strict=True)],
             Limits(**limits),
             request_queues,
             require_sealed,
@@ -220,6 +235,8 @@ def serve(
         recorder = Trace(trace.open("w")) if trace is not None else None
         if device is None:
             tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+            if kind == "ffa":
+                tee = _over_ffa(tee, dict(zip(names, owners, strict=True)))
         else:
             logins = guests_logins(host_logins, count)
             tee = open_linux(
@@ -245,15 +262,16 @@ _ONLY = {
     True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins", "broker"),
     False: ("keys", "ta_folders", "built_in_tas", "threads", "storage_key", "longest_call"),
 }
-"""Options that are wrong with the software TEE, and with others: these are what the TEE itself is set up for."""
+"""Options that are wrong with the software TEE, however it is reached, and with others: these are what it is itself set
+up for."""
 
 
-def _check_options(soft: bool) -> None:
+def _check_options(kind: str, soft: bool) -> None:
     ctx = click.get_current_context()
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if given and parameter.name in _ONLY[soft]:
-            raise click.UsageError(f"{parameter.opts[0]} does not go with --tee {'soft' if soft else 'linux'}")
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --tee {kind if soft else 'linux'}")
 
 
 def _allow_descriptors() -> None:
@@ -317,3 +335,12 @@ def _soft(
         )
     except ValueError as e:  # a key that is none
         raise click.UsageError(str(e)) from None
+
+
+def _over_ffa(soft: TeeDriver, guests: Mapping[str, int | None]) -> TeeDriver:
+    from virtio_tee.ffa_tee import FfaTee
+
+    try:
+        return FfaTee(soft, guests)
+    except ValueError as e:
+        raise click.UsageError(f"--ffa-vm: {e}") from None

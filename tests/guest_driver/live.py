@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,19 @@ from pyvhost.io.sockets import Listener
 from tee.driver import TeeDriver
 from tee.soft import SoftTee, examples
 from tee.soft.ta import TrustedApplication
+from virtio_tee.ffa_tee import FfaTee
+
+
+def over_ffa(tee: SoftTee) -> TeeDriver:
+    """The software TEE behind OP-TEE's partition."""
+    return FfaTee(tee, {"guest": None})
 
 
 class Live:
     """The device behind ``path``; ``tee`` is the one that it serves."""
+
+    reached: Callable[[SoftTee], TeeDriver] = staticmethod(lambda tee: tee)
+    """How the software TEE is reached, where nothing else is said."""
 
     def __init__(self, path: Path, limits: Limits, queues: int, tee: TeeDriver) -> None:
         self.path = str(path)
@@ -57,13 +66,15 @@ def live(
     queues: int = 1,
     built_in: Mapping[UUID, type[TrustedApplication]] | None = None,
     tee: TeeDriver | None = None,
+    reached: Callable[[SoftTee], TeeDriver] | None = None,
     **options: Any,
 ) -> Iterator[Live]:
     """Serve a device until the end; then nothing of the guest's may be left in the TEE. ``tee``: another one than a
-    software TEE with these TAs and ``options``."""
+    software TEE with these TAs and ``options``, which is ``reached`` directly or behind OP-TEE's partition."""
     if tee is None:
         built_in = built_in or examples.built_in()
-        tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
+        soft = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
+        tee = (reached or Live.reached)(soft)
     one = Live(folder / "tee.sock", limits or Limits(), queues, tee)
     started = threading.Event()
     scope = trio.CancelScope()

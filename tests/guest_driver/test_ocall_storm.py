@@ -13,7 +13,7 @@ import pytest
 from guest_driver.client import CallError, CancelToken, Context, ValueInOut, Words
 from guest_driver.ocalls import Ocall
 from tee.results import Result, TeeError
-from tests.guest_driver.test_ocalls import CALL, CANCEL, INOUT, LEND, MANY, OCALL, PROBE, TIMED, Machine, add
+from tests.guest_driver.test_ocalls import CALL, CANCEL, INOUT, LEND, MANY, OCALL, PATHS, PROBE, TIMED, Machine, add
 
 ENDED = (Result.COMMUNICATION, Result.CANCEL, Result.TARGET_DEAD)
 
@@ -184,13 +184,13 @@ def storm(path: str, folder: Path, threads: int, rounds: int, seed: int) -> None
 
 @pytest.mark.fault("ocall-client-goes")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("path", ["direct", "virtio", "ffa"])
+@pytest.mark.parametrize("path", PATHS)
 def test_rounds_of_bad_ends(tmp_path: Path, path: str, threads: int) -> None:
     storm(path, tmp_path, threads, 50, seed=threads)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("path", ["direct", "virtio", "ffa"])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_thousand_rounds_of_bad_ends(tmp_path: Path, path: str, threads: int) -> None:
     storm(path, tmp_path, threads, 1000, seed=1000 + threads)

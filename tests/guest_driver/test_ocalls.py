@@ -31,22 +31,25 @@ from tee.params import Direction
 from tee.results import Origin, Result, TeeError
 from tee.rpc import GRPC_UUID
 from tee.soft import SoftTee, examples
-from tests.guest_driver.live import live
+from tests.guest_driver.live import live, over_ffa
 from virtio_tee.ffa_vm import ffa_driver
 
 OCALL, PROBE = examples.UUIDS["ocall"], examples.UUIDS["probe"]
 CALL, LEND, GRPC, MANY, CANCEL, TIMED = range(6)
 INOUT = Direction.INOUT
+BACKENDS = {"virtio": None, "virtio-ffa": over_ffa}  # how theirs reaches the software TEE
+PATHS = ["direct", "ffa", *BACKENDS]
 
 
 class Machine:
-    """A TEE of so many threads, and the way to it: none, or the virtio device."""
+    """A TEE of so many threads, and the way to it: none, the virtio device, OP-TEE's partition, or both of these."""
 
     def __init__(self, path: str, folder: Path, threads: int = 4) -> None:
         self._stack = ExitStack()
         driver: TeeDriver
-        if path == "virtio":
-            device = self._stack.enter_context(live(folder, Limits(rpc_deadline_ms=5000), threads=threads))
+        if path in BACKENDS:
+            limits = Limits(rpc_deadline_ms=5000)
+            device = self._stack.enter_context(live(folder, limits, threads=threads, reached=BACKENDS[path]))
             self.tee = device.tee
             driver = device.driver()
             self._stack.callback(driver.close)
@@ -74,7 +77,7 @@ class Machine:
         assert not any(usage.values()), usage
 
 
-@pytest.fixture(params=["direct", "virtio", "ffa"])
+@pytest.fixture(params=PATHS)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     made: list[Machine] = []
 

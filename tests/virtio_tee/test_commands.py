@@ -144,12 +144,14 @@ def test_a_key_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--tee", "hard"], "say soft, linux"),
-        (["--tee", "linux:"], "say soft, linux"),
-        (["--tee", "soft:/dev/tee0"], "say soft, linux"),
+        (["--tee", "hard"], "say soft, ffa, linux"),
+        (["--tee", "linux:"], "say soft, ffa, linux"),
+        (["--tee", "soft:/dev/tee0"], "say soft, ffa, linux"),
         (["--tee", "linux", "--threads", "4"], "--threads does not go with --tee linux"),
         (["--tee", "linux", "--built-in-tas"], "--built-in-tas does not go with --tee linux"),
         (["--tee-threads", "4"], "--tee-threads does not go with --tee soft"),
+        (["--tee", "ffa", "--tee-threads", "4"], "--tee-threads does not go with --tee ffa"),
+        (["--tee", "linux", "--ffa-vm", "1"], "--ffa-vm goes with --tee ffa"),
         (["--no-zero-copy"], "--no-zero-copy does not go with --tee soft"),
         (["--tee", "linux", "--host-logins", "-s", "/nowhere/y"], "one identity of several guests"),
     ],
