@@ -174,8 +174,11 @@ class BouncingTee:
             case CloseContext(context=context), _:
                 for memory in [m for m, c in self._contexts.items() if c is context]:
                     self._forget(memory)
-            case (OpenSession(), OpenSession()) | (Invoke(), Invoke()):
-                _give_outputs(call.params, inner.params)
+            case (OpenSession(params=params), OpenSession(params=given)) | (
+                Invoke(params=params),
+                Invoke(params=given),
+            ):
+                _give_outputs(params, given)
         return replace(done, call=call)
 
     def _forget(self, memory: Memory) -> None:
@@ -211,9 +214,9 @@ def _give_outputs(params: Sequence[Param], inner: Sequence[Param]) -> None:
                 param.a, param.b, param.c = given.a, given.b, given.c
             case MemRef(), MemRef():
                 size, memory, copy = given.size, param.memory, given.memory
-                if param.direction.is_output and memory is not None and copy is not None:
-                    if 0 <= size <= param.size and memory.segments:
-                        _copy(copy, given.offset, memory, param.offset, size)
+                written = param.direction.is_output and 0 <= size <= param.size
+                if written and memory is not None and copy is not None and memory.segments:
+                    _copy(copy, given.offset, memory, param.offset, size)
                 param.size = size
 
 

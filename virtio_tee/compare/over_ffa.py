@@ -92,13 +92,13 @@ class World:
 class OneAtATime:
     """Guests' drivers run on threads of their own; the roles are not made for that."""
 
-    def __init__(self, relayer: Relayer, lock: threading.RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, relayer: Relayer, lock: threading.RLock) -> None:
         self._relayer = relayer
         self._lock = lock
 
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
         """As one CPU does it: a call ends before the next one begins."""
-        with self._lock:  # type: ignore[attr-defined]
+        with self._lock:
             return self._relayer.call(caller, frame, vcpu)
 
 

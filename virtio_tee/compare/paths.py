@@ -18,12 +18,13 @@ Open = Callable[[Kit, str, int, Meter | None], AbstractContextManager[Site]]
 a meter, for timing."""
 
 PARTIES = {
-    Party.GUEST: "the VM: client, driver and supplicant",
-    Party.HOST: "the host's user space: the vhost-user backend",
-    Party.HYPERVISOR: "what runs the VM, at EL2",
-    Party.SPMC: "firmware: the manager of the secure world's partitions",
-    Party.TEE: "OP-TEE or another TEE; here the software TEE",
+    Party.GUEST: ("guest", "the VM: client, driver and supplicant"),
+    Party.HOST: ("host", "the host's user space: the vhost-user backend"),
+    Party.HYPERVISOR: ("hypervisor", "what runs the VM, at EL2"),
+    Party.SPMC: ("SPMC", "firmware: the manager of the secure world's partitions"),
+    Party.TEE: ("TEE", "OP-TEE or another TEE; here the software TEE"),
 }
+"""Who takes part: how they are called, and what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,9 @@ class Path:
         return f"{self.name} ({self.mode})" if self.mode else self.name
 
 
-_HYPERVISOR_AS_IS = Trust(Party.HYPERVISOR, "with what it always has: it runs the VM, and is told nothing of the TEE", "")
+_HYPERVISOR_AS_IS = Trust(
+    Party.HYPERVISOR, "with what it always has: it runs the VM, and is told nothing of the TEE", ""
+)
 _DRIVER = Trust(Party.GUEST, "", "the virtio-tee driver (a module, or in user space)")
 _TEE_AS_IS = Trust(Party.TEE, "with what each call passes; it sees one client, the host", "")
 

@@ -43,6 +43,7 @@ class Result:
     reach: dict[Party, Reach]
     copied: dict[Party, int]
     messages: list[Message]
+    payload: int  #: bytes that were looked for
     answer: str  #: digest of what the TA answered
     timing: Timing | None = None
 
@@ -69,7 +70,9 @@ class Runner:
             with ExitStack() as stack:
                 guests = max(workload.guests for workload in self.workloads)
                 self.say("starting backends")
-                sites = {path: stack.enter_context(path.open(self.kit, self._place(), guests, None)) for path in self.paths}
+                sites = {
+                    path: stack.enter_context(path.open(self.kit, self._place(), guests, None)) for path in self.paths
+                }
                 for number, result in enumerate(results):
                     if not number % len(self.paths):
                         self.say(f"timing {number // len(self.paths) + 1} of {len(self.workloads)}: "
@@ -99,6 +102,7 @@ class Runner:
             {party: meter.reach.get(party, Reach()) for party in path.parties},
             {party: meter.copied[party] for party in path.parties},
             meter.messages,
+            sum(map(len, meter.payload)),
             answer,
         )
 

@@ -36,7 +36,7 @@ def soft_tee(key: bytes) -> SoftTee:
 
 
 class MeteredTee:
-    """``tee`` with a meter at its door, where ``caller`` comes in. Invokes that begin at once are not offered: all calls
+    """``tee`` with a meter at its door, where ``caller`` comes in. It offers no invokes that begin at once: all calls
     come in by one door.
 
     ``switches``: each way in and out is one between the worlds. ``in_guest`` says whether memory that is handed over

@@ -171,9 +171,9 @@ class _CountedDevice(TeeDevice):
         super().memory_changed(memory)
 
     def queue_started(self, index: int, queue: DeviceQueue, resumed: bool) -> None:
-        queue = CountedQueue(queue, index, self._meter)
-        self.queues[index] = queue
-        super().queue_started(index, queue, resumed)
+        counted: Any = CountedQueue(queue, index, self._meter)
+        self.queues[index] = counted
+        super().queue_started(index, counted, resumed)
 
     def process(self, index: int) -> bool:
         with self._meter.within(Party.HOST):
@@ -265,4 +265,3 @@ class CountedChain:
             self.head_written = bytes(data[:4])
         end: int = self._chain.write(data, offset)
         return end
-

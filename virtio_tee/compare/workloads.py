@@ -273,9 +273,7 @@ WORKLOADS: Sequence[Workload] = (
         PIECES * PAGE,
         payload=_its_pages,
     ),
-    Workload(
-        "load", "RPC", "load a TA from the guest's supplicant, invoke it, close it", _load, payload=_the_package
-    ),
+    Workload("load", "RPC", "load a TA from the guest's supplicant, invoke it, close it", _load, payload=_the_package),
     Workload(
         "storage",
         "RPC",
