@@ -159,8 +159,9 @@ class Meter:
             return
         with self._lock:
             self.counts[self.phase][What.BYTES_COPIED] += size
-            if self.phase is Phase.CALL:
-                self.copied[party] += size
+            if self.phase is not Phase.CALL:
+                return
+            self.copied[party] += size
             last = self.messages[-1] if self.messages else None
             if last is not None and last.kind == "copy" and last.source is party:
                 self.messages.pop()
@@ -185,8 +186,23 @@ class Meter:
             missing = self._missing.setdefault(party, list(self.payload))
             if missing:
                 data = [bytes(readable.view) for readable in found]
-                missing[:] = [piece for piece in missing if not any(piece in one for one in data)]
+                for one in data:
+                    missing[:] = _not_in(one, missing)
                 reach.payload = sum(map(len, self.payload)) - sum(map(len, missing))
+
+
+def _not_in(data: bytes, pieces: Sequence[bytes]) -> list[bytes]:
+    """Those of ``pieces`` that ``data`` has not. Each is looked for behind the one before, first."""
+    missing, at = [], 0
+    for piece in pieces:
+        found = data.find(piece, at)
+        if found < 0:
+            found = data.find(piece, 0, at + len(piece))
+        if found < 0:
+            missing.append(piece)
+        else:
+            at = found + len(piece)
+    return missing
 
 
 @contextmanager

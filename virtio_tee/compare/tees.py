@@ -97,7 +97,7 @@ class MeteredTee:
             self._registered.add(call.memory)
             if self._switches:
                 self._meter.add(What.PAGES_SHARED, -(-call.memory.size // PAGE) if self._in_guest(call.memory) else 0)
-        self._enters(type(call).__name__, call.params if isinstance(call, OpenSession | Invoke) else ())
+        self._enters(type(call).__name__, call.params if isinstance(call, OpenSession | Invoke) else None)
         with self._meter.within(None):
             self._tee.start(call)
 
@@ -119,13 +119,14 @@ class MeteredTee:
 
     # -- what is seen
 
-    def _enters(self, name: str, params: Sequence[Param] = (), *, rpc: bool = False) -> None:
+    def _enters(self, name: str, params: Sequence[Param] | None = None, *, rpc: bool = False) -> None:
         if self._switches:
             self._meter.add(What.WORLD_SWITCHES)
             kind = "response" if rpc else "request"
             self._meter.message(self._caller, Party.TEE, name, kind=kind, rpc=rpc)
-        self._params = params
-        self._meter.look()
+        if params is not None:  # otherwise nothing of the client's comes in
+            self._params = params
+            self._meter.look()
 
     def _leaves(self, event: Event) -> None:
         match event:
