@@ -62,7 +62,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Begun, Done, GenCap, InvokesAtOnce, TeeDriver
-from tee.memory import Memory, Range
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 
@@ -90,11 +90,13 @@ class Epoch:
         clock: Callable[[], float],
         on_drained: Callable[[Epoch], None],
         trace: Recorder | None = None,
+        ffa_vm: int | None = None,
     ) -> None:
         self.number = number
         self.tee = tee
         self.port = port
         self.vm = vm
+        self.ffa_vm = ffa_vm
         self.features = features
         self.limits = limits
         self.ended = False
@@ -381,14 +383,34 @@ class Epoch:
         except RequestError:
             region.release()
             raise
-        self.region_bytes += memory.size
-        self.by_memory[id(memory)] = region
-        pending = Pending(self, slot, request, context, Epoch._registered, regions=[region])
-        self._start(pending, RegisterMemory(owner=pending, context=context.handle, memory=memory))
+        self._register(slot, request, region)
+
+    def register_ffa(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self._context(request)
+        body = request.body
+        if body.flags & ~int(RegionFlag.READ_ONLY):
+            raise RequestError(Status.MALFORMED, "unknown flags")
+        if not body.size:
+            raise RequestError(Status.BAD_RANGE, "a region without bytes")
+        self._admit(request)
+        assert self.ffa_vm is not None, "otherwise the feature is not offered"
+        share = FfaShare(body.handle, body.tag, self.ffa_vm)
+        memory = Memory(size=body.size, read_only=bool(body.flags & RegionFlag.READ_ONLY), ffa=share)
+        region = RegionEntry(context, memory, None)
+        region.ident = _add(self.regions, region, "regions")
+        self._register(slot, request, region)
+
+    def _register(self, slot: Slot, request: ParsedRequest, region: RegionEntry) -> None:
+        self.region_bytes += region.bytes
+        self.by_memory[id(region.memory)] = region
+        pending = Pending(self, slot, request, region.context, Epoch._registered, regions=[region])
+        self._start(pending, RegisterMemory(owner=pending, context=region.context.handle, memory=region.memory))
 
     def _registered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         region = pending.regions[0]
         if done.code != Result.SUCCESS:
+            if region.memory.ffa is not None:
+                pending.status = _HANDLE_REFUSED.get(done.code, Status.OK)
             self._forget_region(region)
             return (_ids(0),)
         region.ready = True
@@ -546,7 +568,7 @@ class Epoch:
 
     def _check_place(self, region: RegionEntry) -> None:
         """Raise RequestError(BAD_RANGE) if the guest's memory is no longer where the region says."""
-        if region.version != self.port.memory_version:
+        if region.lease is not None and region.version != self.port.memory_version:
             try:
                 self.port.views([(r.address, r.length) for r in region.memory.ranges])[1].release()
             except MemoryFault as e:
@@ -574,12 +596,14 @@ class Epoch:
             if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
             return
-        status = Status.ABANDONED if done.may_have_run else Status.OK
+        status = Status.ABANDONED if done.may_have_run else pending.status
         if self.trace is not None:
             self.trace.response(self.vm, pending.request.type, pending.request.tag, status, done.code)
         if done.may_have_run:
             # the TEE was lost under the call
             pending.response = (refusal(status, ResponseFlag.MAY_HAVE_RUN),)
+        elif status is not Status.OK:
+            pending.response = (refusal(status),)
         else:
             pending.response = (pack_response(status, done.code, done.origin), *rest)
         self._respond(pending)
@@ -634,7 +658,7 @@ class Epoch:
     def _forget_region(self, region: RegionEntry) -> None:
         if region.ident in self.regions:
             self.regions.remove(region.ident)
-            self.region_bytes -= region.memory.size
+            self.region_bytes -= region.bytes
             del self.by_memory[id(region.memory)]
             region.release()
 
@@ -745,6 +769,7 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.CLOSE_SESSION: Epoch.close_session,
     Request.INVOKE: Epoch.invoke,
     Request.REGISTER_MEMORY: Epoch.register_memory,
+    Request.REGISTER_FFA: Epoch.register_ffa,
     Request.UNREGISTER_MEMORY: Epoch.unregister_memory,
     Request.CANCEL: Epoch.cancel,
     Request.RPC_REPLY: Epoch.rpc_reply,
@@ -753,7 +778,16 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION
+IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.NOTIFICATION | Feature.FFA_HANDLE
+"""FFA_HANDLE is offered to guests whose FF-A endpoint the operator has named, by a TEE that knows it."""
+
+_HANDLE_REFUSED: dict[int, Status] = {
+    Result.ITEM_NOT_FOUND: Status.NOT_FOUND,
+    Result.BUSY: Status.IN_USE,
+    Result.BAD_PARAMETERS: Status.BAD_RANGE,
+    Result.ACCESS_DENIED: Status.DENIED,
+}
+"""What the TEE says of a handle → the status that it means."""
 
 
 def _add(table: IdTable[T], entry: T, what: str) -> int:

@@ -40,6 +40,8 @@ class Endpoint:
     vm: str
     path: str | None = None
     fd: int | None = None
+    ffa_vm: int | None = None
+    """The guest's FF-A endpoint, if the TEE takes memory that it shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ async def serve(
                         clock=time.monotonic,
                         new_epoch=lambda: secrets.randbits(64),
                         trace=trace,
+                        ffa_vm=endpoint.ffa_vm,
                     )
                     device.spin_us = config.spin_us
                     devices.append(device)

@@ -30,6 +30,14 @@ THE_ONLY_ONE = "auto"
     show_default=True,
     help="How the guest reaches the TEE: its virtio-tee device, or OP-TEE over FF-A.",
 )
+@click.option(
+    "--tee",
+    "kind",
+    type=click.Choice(["soft", "ffa"]),
+    default="soft",
+    show_default=True,
+    help="With --path virtio: the backend's TEE (serve --tee).",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
 @click.option(
     "--device",
@@ -61,6 +69,7 @@ THE_ONLY_ONE = "auto"
 )
 def demo(
     path: str,
+    kind: str,
     as_json: bool,
     device: str | None,
     ta_places: tuple[Path, ...],
@@ -69,7 +78,7 @@ def demo(
 ) -> None:
     """Show the main job in a few seconds: a guest loads TAs over RPC and calls them through a virtio-tee device.
 
-    Two processes: the backend (virtio-tee serve --tee soft) and a guest, which attaches to its vhost-user socket
+    Two processes: the backend (virtio-tee serve) and a guest, which attaches to its vhost-user socket
     with memory of its own, as a VM does. The TAs are signed with a throw-away key and lie in the guest's folder;
     the backend has only the public key.
 
@@ -81,6 +90,8 @@ def demo(
 
     Exit status 1: something failed.
     """
+    if kind != "soft" and (path != "virtio" or device is not None):
+        raise click.UsageError("--tee is of the backend that the demo starts: not with --path ffa, nor with --device")
     if device is not None:
         if path != "virtio":
             raise click.UsageError("--device is on the virtio path")
@@ -92,7 +103,7 @@ def demo(
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
         with ExitStack() as stack:
             where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without)
+            outcome = _over_ffa(where, without) if path == "ffa" else _two_processes(where, without, kind)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
@@ -165,10 +176,10 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
     return outcome
 
 
-def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _two_processes(folder: Path, without: tuple[str, ...], kind: str) -> Outcome:
     """The backend counts requests and RPCs, where they arrive and leave."""
     start = time.monotonic()
-    outcome = Outcome()
+    outcome = Outcome(tee=kind)
     tas = _prepare(folder)
     for name in without:
         (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
@@ -179,6 +190,8 @@ def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
             [
                 *_SELF,
                 "serve",
+                "--tee",
+                kind,
                 "--socket-path",
                 str(socket),
                 "--ta-key",

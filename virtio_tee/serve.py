@@ -8,7 +8,7 @@ import os
 import resource
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,23 @@ from virtio_tee.throttle import throttle_logs
 if TYPE_CHECKING:
     from tee.driver import TeeDriver
 
-CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft"]}
+
+def _over_ffa(soft: Callable[[], TeeDriver], guests: Mapping[str, int | None]) -> TeeDriver:
+    from virtio_tee.ffa_tee import FfaTee
+
+    try:
+        return FfaTee(soft(), guests)
+    except ValueError as e:
+        raise click.UsageError(f"--ffa-vm: {e}") from None
+
+
+TEES: dict[str, Callable[[Callable[[], TeeDriver], Mapping[str, int | None]], TeeDriver]] = {
+    "soft": lambda soft, guests: soft(),
+    "ffa": _over_ffa,
+}
+"""What ``--tee`` can be → how it is made, of what makes the software TEE and the guests with their FF-A endpoints."""
+
+CAPABILITIES = {"type": "tee", "features": [], "tee": list(TEES)}
 """What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
 
 _LIMIT_HELP = {
@@ -70,7 +86,23 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
 )
 @click.option("--fd", "fds", multiple=True, type=click.IntRange(0), metavar="N", help="An inherited socket instead.")
 @click.option("--vm", "vms", multiple=True, metavar="NAME", help="Name of each socket's guest, in order.")
-@click.option("--tee", "kind", type=click.Choice(["soft"]), default="soft", show_default=True, help="Which TEE.")
+@click.option(
+    "--tee",
+    "kind",
+    type=click.Choice(list(TEES)),
+    default="soft",
+    show_default=True,
+    help="Which TEE: the software TEE, or that behind OP-TEE's partition of a model of FF-A.",
+)
+@click.option(
+    "--ffa-vm",
+    "ffa_vms",
+    multiple=True,
+    type=click.IntRange(1, 0x3FFF),
+    metavar="ID",
+    help="With --tee ffa: each guest's FF-A endpoint, in order. It may register memory that this endpoint has shared "
+    "with the TEE, and no other's.",
+)
 @click.option(
     "--ta-key",
     "keys",
@@ -144,6 +176,7 @@ def serve(
     fds: tuple[int, ...],
     vms: tuple[str, ...],
     kind: str,
+    ffa_vms: tuple[int, ...],
     keys: tuple[Path, ...],
     ta_folders: tuple[Path, ...],
     built_in_tas: bool,
@@ -184,11 +217,14 @@ def serve(
     count = len(paths) + len(fds)
     if vms and len(vms) != count:
         raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
+    if ffa_vms and (kind != "ffa" or len(ffa_vms) != count):
+        raise click.UsageError("--ffa-vm goes with --tee ffa, and is given once for each socket")
     names = vms or tuple(f"vm{i}" for i in range(count))
+    owners = ffa_vms or (None,) * count
     places = [{"path": path} for path in paths] + [{"fd": fd} for fd in fds]
     try:
         config = ServeConfig(
-            [Endpoint(name, **place) for name, place in zip(names, places, strict=True)],
+            [Endpoint(name, **place, ffa_vm=owner) for name, place, owner in zip(names, places, owners, strict=True)],
             Limits(**limits),
             request_queues,
             require_sealed,
@@ -200,7 +236,10 @@ def serve(
     recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+        tee = TEES[kind](
+            lambda: _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call),
+            dict(zip(names, owners, strict=True)),
+        )
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:

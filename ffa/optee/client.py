@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,7 @@ from ffa.optee.msg import (
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
+    REGISTER_READ_ONLY,
     TEE_PARAMS,
     Capability,
     Command,
@@ -57,7 +59,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Event, GenCap, Notification, RpcWithdrawn, Sink, TeeInfo, TeeKind
-from tee.memory import Memory, Range
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
@@ -66,6 +68,7 @@ log = logging.getLogger(__name__)
 
 IMPL_OPTEE = 1
 """Implementation id of OP-TEE (Linux uapi/linux/tee.h)."""
+INFO = TeeInfo(TeeKind.FFA, IMPL_OPTEE, 0, GenCap.GP | GenCap.REG_MEM | GenCap.MEMREF_NULL)
 MAX_RPC_PARAMS = 16
 """Parameters of the RPC argument that this driver has room for."""
 RETRY_S = 0.001
@@ -98,6 +101,8 @@ class Pages(Protocol):
 class FfaContext:
     """A client's context. OP-TEE knows none: the driver keeps what hangs under it."""
 
+    driver: FfaTeeDriver
+    owner: object = None  #: of the call that opened it: who is told of notifications
     sessions: set[FfaSession] = field(default_factory=set)
     registered: dict[Memory, FfaRegion] = field(default_factory=dict)
     closing: CloseContext | None = None
@@ -118,8 +123,20 @@ class FfaRegion:
 
     handle: int
     memory: Memory
+    copy: Memory | None = None  #: what is shared in its place, where it is not the VM's
+    foreign: bool = False  #: another VM has shared it, and takes it back
     users: int = 0
     ending: UnregisterMemory | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Copied:
+    """A parameter whose bytes the partition has in a copy."""
+
+    param: MemRef
+    copy: Memory
+    at: int = 0  #: where they are in it
+    size: int | None = None  #: bytes that come back; None: those that were written
 
 
 @dataclass(slots=True, eq=False)
@@ -134,11 +151,12 @@ class _Flight:
     params: list[Param] = field(default_factory=list)
     first: int = 0  #: number of the first of them
     used: list[FfaRegion] = field(default_factory=list)
-    bounced: list[tuple[MemRef, Memory]] = field(default_factory=list)  #: temporary memory, and its copy
+    copied: list[_Copied] = field(default_factory=list)
     page: FfaRegion | None = None  #: where the message is
     begun: bool = False
     frame: tuple[int, ...] = ()  #: w3 to w7 of the next request
     rpc: Rpc | None = None  #: that somebody is to answer
+    lent: dict[Rpc, MemRef] = field(default_factory=dict)  #: memory that its RPCs were answered with
 
 
 class FfaTeeDriver:
@@ -146,10 +164,19 @@ class FfaTeeDriver:
 
     ``endpoint`` is the VM, taken in by its hypervisor and with buffers mapped. Raises TeeError(COMMUNICATION): there is
     no such partition, or it is one that cannot be used; MemoryError.
+
+    Memory that another VM has shared (:attr:`Memory.ffa <tee.memory.Memory>`) is registered by its handle, where the
+    partition lets this VM speak for the other. RegisterMemory ends with ITEM_NOT_FOUND then if the partition cannot
+    get it, with BUSY if it is registered, BAD_PARAMETERS: it has another size, ACCESS_DENIED: it may only be read.
     """
 
-    def __init__(self, endpoint: Endpoint, pages: Pages, *, now: Callable[[], int] = time.time_ns) -> None:
-        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970."""
+    def __init__(
+        self, endpoint: Endpoint, pages: Pages, *, copies: bool = False, now: Callable[[], int] = time.time_ns
+    ) -> None:
+        """``copies``: memory that is registered is not the VM's own, which has the TEE work on a copy: brought up to
+        date before a call and after it, and around the RPCs that name it. ``now`` tells the VM's time to a TEE that
+        asks for it: nanoseconds since 1970."""
+        self._copies = copies
         self._endpoint = endpoint
         self._pages = pages
         self._now = now
@@ -161,33 +188,18 @@ class FfaTeeDriver:
         self._all: set[_Flight] = set()
         self._rpcs: dict[Rpc, _Flight] = {}
         self._regions: dict[int, FfaRegion] = {}  #: by handle
-        self._lent: set[Memory] = set()
+        self._lent: dict[Memory, MemRef] = {}  #: what was the answer to a SHM_ALLOC, and was not freed
         self._ending: dict[FfaRegion, int] = {}  #: regions to be given back, and how often that was tried
         self._released: set[Memory] = set()  #: by their owner, while they are shared
         self._spare: list[FfaRegion] = []  #: pages for messages
         self._contexts: set[FfaContext] = set()
         self._cancel_ids = 0
         self._closed = False
-        self._partition = self._find()
+        self._partition = find_optee(endpoint)
         self._rpc_params, self._notifies = self._exchange()
         self._bit = 0
         if self._notifies:
             self._enable_notifications()
-
-    def _find(self) -> int:
-        answer = self._endpoint.call(Ffa.PARTITION_INFO_GET, *uuid_to_words(OPTEE_UUID))
-        if not answer.ok:
-            raise _unusable(f"there is no OP-TEE: {answer!r}")
-        try:
-            data = self._endpoint.got(min(answer[2] * max(answer[3], 1), self._endpoint.buffer_size))
-            infos = parse_infos(data, answer[2], self._endpoint.version)
-        except FfaError as e:
-            raise _unusable(str(e)) from None
-        finally:
-            self._endpoint.call(Ffa.RX_RELEASE)
-        if not infos:
-            raise _unusable("there is no OP-TEE")
-        return infos[0].id
 
     def _exchange(self) -> tuple[int, bool]:
         answer = self._ask(Service.GET_API_VERSION)
@@ -218,7 +230,7 @@ class FfaTeeDriver:
     @property
     def info(self) -> TeeInfo:
         """OP-TEE."""
-        return TeeInfo(TeeKind.FFA, IMPL_OPTEE, 0, GenCap.GP | GenCap.REG_MEM | GenCap.MEMREF_NULL)
+        return INFO
 
     def attach(self, sink: Sink) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -287,6 +299,9 @@ class FfaTeeDriver:
         flight = self._rpcs.pop(rpc, None)
         if flight is None:
             return
+        for copy, param in _copies_of(rpc):
+            if param.direction.is_output and param.memory is not None:
+                _copy(param.memory, param.offset, copy, param.offset, param.size)
         try:
             code, wires = reply.code, self._reply_wires(rpc, reply)
             pack_params(wires)
@@ -296,7 +311,9 @@ class FfaTeeDriver:
             code, wires = Result.BAD_PARAMETERS, []
         else:
             if rpc.command == RpcCommand.SHM_ALLOC and code == Result.SUCCESS:
-                self._lent.update(p.memory for p in reply.params if isinstance(p, MemRef) and p.memory is not None)
+                for given in reply.params:
+                    if isinstance(given, MemRef) and given.memory is not None:
+                        self._lent[given.memory] = flight.lent[rpc] = given
         flight.rpc = None
         self._answer(flight, code, wires)
 
@@ -356,20 +373,11 @@ class FfaTeeDriver:
         answer = self._endpoint.call(Ffa.MSG_SEND_DIRECT_REQ, ids, 0, *words)
         return answer.narrow if answer.fid == fid(Ffa.MSG_SEND_DIRECT_RESP) else None
 
-    def _share(self, memory: Memory) -> FfaRegion:
+    def _share(self, memory: Memory, copy: Memory | None = None) -> FfaRegion:
         """Raises MessageError(BAD_PARAMETERS): the memory is not the VM's, or is shared; MemoryError."""
-        if not memory.ranges:
-            raise MessageError(Result.BAD_PARAMETERS, "only memory of the driver's can be shared: allocate() it")
-        data = Data.RO if memory.read_only else Data.RW
-        receivers = (abi.Receiver(self._partition, permissions(data)),)
-        transaction = abi.Transaction(self._endpoint.id, receivers, ATTRIBUTES_NORMAL)
-        answer = self._endpoint.send_memory(Ffa.MEM_SHARE, transaction, [_pages_of(r) for r in memory.ranges])
-        if not answer.ok:
-            if answer.error in (Error.NO_MEMORY, Error.BUSY):
-                raise MemoryError(f"FFA_MEM_SHARE is answered with {answer!r}")
-            raise MessageError(Result.BAD_PARAMETERS, f"FFA_MEM_SHARE is answered with {answer!r}")
-        region = FfaRegion(pair(answer[2], answer[3]), memory)
-        self._regions[region.handle] = region
+        ranges = (copy or memory).ranges
+        handle = share(self._endpoint, self._partition, ranges, read_only=memory.read_only)
+        region = self._regions[handle] = FfaRegion(handle, memory, copy)
         return region
 
     def _give_back(self) -> None:
@@ -377,7 +385,7 @@ class FfaTeeDriver:
         for region, tries in list(self._ending.items()):
             answer = self._ask(Service.UNREGISTER_SHM, *halves(region.handle))
             gone = answer is not None and answer[3] in (Result.SUCCESS, Result.ITEM_NOT_FOUND)
-            if gone and self._endpoint.reclaim(region.handle).ok:
+            if gone and (region.foreign or self._endpoint.reclaim(region.handle).ok):
                 self._taken_back(region, Result.SUCCESS)
             elif tries < UNREGISTER_TRIES:
                 self._ending[region] = tries + 1
@@ -390,6 +398,8 @@ class FfaTeeDriver:
         memory = region.memory
         if code == Result.SUCCESS:
             del self._regions[region.handle]
+            if region.copy is not None:
+                self._pages.release(region.copy)
             if memory in self._released:
                 self._released.discard(memory)
                 self._pages.release(memory)
@@ -420,17 +430,27 @@ class FfaTeeDriver:
         return handle
 
     def _open_context(self, call: OpenContext) -> None:
-        context = FfaContext()
+        context = FfaContext(self, call.owner)
         self._contexts.add(context)
         self._done(call, Result.SUCCESS, Origin.TEE, context)
 
     def _close_context(self, call: CloseContext) -> None:
         context = self._context(call.context)
         context.closing = call
-        for flight in [f for f in self._all if f.context is context and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.context is context])
         self._go_on_closing(context)
+
+    def _end_calls(self, flights: list[_Flight]) -> None:
+        """Cancels them; what they ask for is not waited for any more."""
+        for flight in flights:
+            if flight.call is None:
+                continue
+            self.cancel(flight.call)
+            if flight.rpc is not None:
+                self._rpcs.pop(flight.rpc, None)
+                self._ready.append(RpcWithdrawn(flight.rpc))
+                flight.rpc = None
+                self._answer(flight, Result.COMMUNICATION, [])
 
     def _go_on_closing(self, context: FfaContext) -> None:
         """Calls end first, then sessions, then registrations; then the context is closed."""
@@ -447,7 +467,8 @@ class FfaTeeDriver:
             self._unshare(region)
         if not context.registered and context in self._contexts:
             self._contexts.discard(context)
-            self._done(context.closing, Result.SUCCESS, Origin.TEE)
+            call, context.closing, context.owner = context.closing, None, None  # they refer to the context
+            self._done(call, Result.SUCCESS, Origin.TEE)
 
     def _open_session(self, call: OpenSession) -> None:
         context = self._context(call.context)
@@ -469,9 +490,7 @@ class FfaTeeDriver:
         self._close(self._session(call.session), call)
 
     def _close(self, session: FfaSession, call: CloseSession | None) -> None:
-        for flight in [f for f in self._all if f.session is session and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.session is session])
         session.closing = True
         message = Message(Command.CLOSE_SESSION, session=session.ident)
         try:
@@ -484,10 +503,31 @@ class FfaTeeDriver:
         context, memory = self._context(call.context), call.memory
         if memory.handle is not None:
             raise TeeError(Result.BAD_STATE, Origin.API, "registered already")
-        region = self._share(memory)
-        memory.handle = region
-        context.registered[memory] = region
+        if memory.ffa is not None:
+            self._name(call, context, memory, memory.ffa)
+            return
+        copy = self._pages.allocate(memory.size) if self._copies else None
+        try:
+            region = self._share(memory, copy)
+        except (MessageError, MemoryError):
+            if copy is not None:
+                self._pages.release(copy)
+            raise
+        self._take_in(context, region)
         self._done(call, Result.SUCCESS, Origin.TEE)
+
+    def _name(self, call: RegisterMemory, context: FfaContext, memory: Memory, share: FfaShare) -> None:
+        """Registers memory that another VM has shared."""
+        flags = REGISTER_READ_ONLY if memory.read_only else 0
+        meta: list[Wire] = [
+            Value(Direction.IN, share.handle, share.tag, share.owner, meta=True),
+            Value(Direction.IN, memory.size, flags, meta=True),
+        ]
+        pack_params(meta)
+        self._send(_Flight(Message(Command.REGISTER_SHM), meta, call, context, first=len(meta)))
+
+    def _take_in(self, context: FfaContext, region: FfaRegion) -> None:
+        region.memory.handle = context.registered[region.memory] = region
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = self._context(call.context).registered.get(call.memory)
@@ -537,6 +577,10 @@ class FfaTeeDriver:
                 raise MessageError(Result.BAD_PARAMETERS, "memory that is being unregistered")
             if param.offset < 0 or param.offset + param.size > memory.size:
                 raise MessageError(Result.BAD_PARAMETERS, "a reference outside its memory")
+            if region.copy is not None:
+                _copy(memory, param.offset, region.copy, param.offset, param.size)
+                if param.direction.is_output:
+                    flight.copied.append(_Copied(param, region.copy, param.offset, param.size))
             region.users += 1
             flight.used.append(region)
             return to_wire(param, lambda memory: region.handle)
@@ -555,7 +599,8 @@ class FfaTeeDriver:
         region.users += 1
         self._released.add(copy)
         flight.used.append(region)
-        flight.bounced.append((param, copy))
+        if param.direction.is_output:
+            flight.copied.append(_Copied(param, copy))
         return Fmem(param.direction, 0, param.size, region.handle, param.meta)
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
@@ -573,7 +618,7 @@ class FfaTeeDriver:
         if flight.call is not None:
             self._flights[flight.call] = flight
         if first:
-            self._waiting.appendleft(flight)
+            self._runnable.appendleft(flight)
         else:
             self._waiting.append(flight)
 
@@ -590,6 +635,11 @@ class FfaTeeDriver:
 
     def _step(self, flight: _Flight) -> bool:
         """Lets the partition work on a message; whether it got on."""
+        if flight.message.cmd == Command.CLOSE_SESSION and any(
+            f.session is flight.session and f is not flight for f in self._all
+        ):
+            self._waiting.append(flight)  # after the session's calls
+            return False
         answer = self._request(flight.frame)
         if answer is None:
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=flight.begun)
@@ -629,8 +679,22 @@ class FfaTeeDriver:
             ident = message.session
             if any(s.ident == ident for c in self._contexts for s in c.sessions):
                 raise MessageError(Result.COMMUNICATION, f"session {ident} is open already")
+        if flight.message.cmd == Command.REGISTER_SHM and message.ret == Result.SUCCESS:
+            self._named(flight)
         _give_outputs(flight, outputs)
         self._end(flight, message.ret, message.ret_origin, message.session)
+
+    def _named(self, flight: _Flight) -> None:
+        """The partition has memory of another VM's. Raises MessageError: it had it already."""
+        assert isinstance(flight.call, RegisterMemory)
+        memory = flight.call.memory
+        assert memory.ffa is not None
+        assert flight.context is not None
+        handle = memory.ffa.handle
+        if handle in self._regions:
+            raise MessageError(Result.COMMUNICATION, f"memory {handle:#x} is there already")
+        self._regions[handle] = region = FfaRegion(handle, memory, foreign=True)
+        self._take_in(flight.context, region)
 
     def _end(self, flight: _Flight, code: int, origin: int, session: int = 0, *, may_have_run: bool = False) -> None:
         """A message is over, whatever came of it."""
@@ -641,6 +705,10 @@ class FfaTeeDriver:
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
+        for rpc, given in flight.lent.items():
+            if given.memory is not None and self._lent.get(given.memory) is given:
+                del self._lent[given.memory]  # the TEE uses it no longer than the call lasts
+                self._ready.append(RpcWithdrawn(rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
         context, opened = flight.context, flight.message.cmd == Command.OPEN_SESSION
@@ -694,6 +762,9 @@ class FfaTeeDriver:
             self._answer(flight, own.code, [to_wire(p, self._handle) for p in own.params] or wires)
             return
         flight.rpc = rpc = Rpc(command, params, flight.call)
+        for copy, param in _copies_of(rpc):
+            if param.direction.is_input:
+                _copy(copy, param.offset, param.memory, param.offset, param.size)
         self._rpcs[rpc] = flight
         self._ready.append(rpc)
 
@@ -705,8 +776,8 @@ class FfaTeeDriver:
             case [Value(direction=Direction.IN, a=kind, b=handle)]:
                 memory = self._memory(handle)
                 if memory in self._lent:
-                    self._lent.discard(memory)
-                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, 0, memory.size)]
+                    given = self._lent.pop(memory)
+                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, given.offset, given.size)]
         raise MessageError(Result.BAD_PARAMETERS, "a SHM_FREE of what was not lent")
 
     def _memory(self, handle: int) -> Memory:
@@ -734,7 +805,8 @@ class FfaTeeDriver:
             case RpcCommand.GET_TIME, _:
                 return RpcReply(Result.BAD_PARAMETERS)
             case RpcCommand.NOTIFICATION, [Value(direction=Direction.IN, a=kind, b=value)] if kind == NOTIFY_SEND:
-                self._ready.append(Notification(value & 0xFFFF_FFFF))
+                owner = next((c.owner for c in self._contexts if c.closing is None), None)
+                self._ready.append(Notification(value & 0xFFFF_FFFF, owner))
                 return RpcReply(Result.SUCCESS)
             case RpcCommand.NOTIFICATION, _:
                 return RpcReply(Result.NOT_SUPPORTED)
@@ -778,6 +850,40 @@ class FfaTeeDriver:
         return True
 
 
+def share(endpoint: Endpoint, partition: int, ranges: Sequence[Range], *, read_only: bool = False, tag: int = 0) -> int:
+    """Shares pages of ``endpoint``'s with ``partition``; the handle, by which they are reclaimed.
+
+    Raises MessageError(BAD_PARAMETERS): they are not the endpoint's alone, or do not start at a page; MemoryError.
+    """
+    if not ranges:
+        raise MessageError(Result.BAD_PARAMETERS, "only memory of the driver's can be shared: allocate() it")
+    receivers = (abi.Receiver(partition, permissions(Data.RO if read_only else Data.RW)),)
+    transaction = abi.Transaction(endpoint.id, receivers, ATTRIBUTES_NORMAL, tag=tag)
+    answer = endpoint.send_memory(Ffa.MEM_SHARE, transaction, [_pages_of(r) for r in ranges])
+    if not answer.ok:
+        if answer.error in (Error.NO_MEMORY, Error.BUSY):
+            raise MemoryError(f"FFA_MEM_SHARE is answered with {answer!r}")
+        raise MessageError(Result.BAD_PARAMETERS, f"FFA_MEM_SHARE is answered with {answer!r}")
+    return pair(answer[2], answer[3])
+
+
+def find_optee(endpoint: Endpoint) -> int:
+    """The id of OP-TEE's partition. Raises TeeError(COMMUNICATION): there is none."""
+    answer = endpoint.call(Ffa.PARTITION_INFO_GET, *uuid_to_words(OPTEE_UUID))
+    if not answer.ok:
+        raise _unusable(f"there is no OP-TEE: {answer!r}")
+    try:
+        data = endpoint.got(min(answer[2] * max(answer[3], 1), endpoint.buffer_size))
+        infos = parse_infos(data, answer[2], endpoint.version)
+    except FfaError as e:
+        raise _unusable(str(e)) from None
+    finally:
+        endpoint.call(Ffa.RX_RELEASE)
+    if not infos:
+        raise _unusable("there is no OP-TEE")
+    return infos[0].id
+
+
 def _pages_of(piece: Range) -> abi.AddressRange:
     """Raises MessageError(BAD_PARAMETERS): it does not start at a page."""
     if piece.address % PAGE_SIZE:
@@ -787,16 +893,34 @@ def _pages_of(piece: Range) -> abi.AddressRange:
 
 def _give_outputs(flight: _Flight, outputs: list[Param]) -> None:
     """Into the call's parameters, and from copies into temporary memory."""
-    copies = {id(param): copy for param, copy in flight.bounced}
+    copied = {id(one.param): one for one in flight.copied}
     for param, given in zip(flight.params, outputs, strict=True):
         match param, given:
             case Value(), Value():
                 param.a, param.b, param.c = given.a, given.b, given.c
             case MemRef(), MemRef():
-                copy = copies.get(id(param))
-                if copy is not None and param.memory is not None and param.direction.is_output:
-                    param.memory.write(param.offset, copy.read(0, min(given.size, param.size)))
+                one = copied.get(id(param))
+                if one is not None:
+                    size = min(given.size, param.size) if one.size is None else one.size
+                    _copy(one.copy, one.at, param.memory, param.offset, size)
                 param.size = given.size
+
+
+def _copies_of(rpc: Rpc) -> list[tuple[Memory, MemRef]]:
+    """The references of an RPC to memory of which the partition has a copy, each with that."""
+    found = []
+    for param in rpc.params:
+        region = param.memory.handle if isinstance(param, MemRef) and param.memory is not None else None
+        if isinstance(param, MemRef) and isinstance(region, FfaRegion) and region.copy is not None:
+            found.append((region.copy, param))
+    return found
+
+
+def _copy(source: Memory, at: int, target: Memory | None, to: int, size: int) -> None:
+    """Nothing where one of them has gone meanwhile, or must not be written."""
+    if target is not None:
+        with suppress(ValueError):
+            target.write(to, source.read(at, size))
 
 
 def _unusable(why: str) -> TeeError:

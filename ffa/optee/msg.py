@@ -60,6 +60,7 @@ class Command(IntEnum):
     INVOKE_COMMAND = 1
     CLOSE_SESSION = 2
     CANCEL = 3
+    REGISTER_SHM = 4  #: memory that another VM has shared; OP-TEE has this command, but not over FF-A
     DO_BOTTOM_HALF = 6
     STOP_ASYNC_NOTIF = 7
 
@@ -83,6 +84,8 @@ NOTIFY_WAIT, NOTIFY_SEND = 0, 1
 TEE_PARAMS = 4
 """Parameters that a TA can be given."""
 META_PARAMS = 2
+REGISTER_READ_ONLY = 1 << 0
+"""Flag of REGISTER_SHM, whose two meta values are: handle, tag, VM that has shared it; bytes, flags."""
 """Parameters before them in OPEN_SESSION: the TA's UUID; the client's, with its login."""
 
 MessageArg = Struct(

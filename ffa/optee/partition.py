@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 from ffa.abi import transactions as abi
 from ffa.abi.frame import Frame, halves, pair
-from ffa.abi.ids import FLAG_TYPE_SHIFT, PAGE_SIZE, TRANSACTION_TYPES, VERSION_1_2, Data, Error, FfaError, Property, fid
+from ffa.abi.ids import (
+    FLAG_TYPE_SHIFT,
+    PAGE_SIZE,
+    TRANSACTION_TYPES,
+    VERSION_1_2,
+    Data,
+    Error,
+    FfaError,
+    Property,
+    fid,
+)
 from ffa.abi.ids import Call as Ffa
 from ffa.optee.guests import Ask, Guest, Limits, Session, Shm, Thread
 from ffa.optee.msg import (
@@ -25,6 +35,7 @@ from ffa.optee.msg import (
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
+    REGISTER_READ_ONLY,
     TEE_PARAMS,
     Capability,
     Command,
@@ -57,7 +68,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply, ShmType
@@ -67,7 +78,7 @@ log = logging.getLogger(__name__)
 RPC_PARAMS = 4
 """Parameters of the RPC argument behind each message."""
 RUNS = 64
-"""How often the TEE is run for one direct request, at most."""
+"""How often the TEE is run for one direct request, at most, where nothing else is said."""
 OS_VERSION = (4, 10, 0)
 
 _BAD = Result.BAD_PARAMETERS
@@ -84,16 +95,31 @@ class OpteePartition(Endpoint):
     """The partition. VMs' memory has to have a backing (:meth:`~ffa.roles.machine.Machine.add`): the TEE works on the
     bytes themselves.
 
-    ``tee`` is the partition's alone; its buffers have to be mapped before the first call.
+    ``tee`` is the partition's alone; its buffers have to be mapped before the first call. ``names`` says what the TEE
+    is told of a VM's name, ``runs`` how often the TEE is run for one direct request, at most. ``proxies`` says whose
+    memory a VM may name besides its own: VM → VMs (a host's device, for the guest that it serves).
     """
 
     def __init__(
-        self, id: int, machine: Machine, tee: TeeDriver, *, limits: Limits | None = None, version: int = VERSION_1_2
+        self,
+        id: int,
+        machine: Machine,
+        tee: TeeDriver,
+        *,
+        limits: Limits | None = None,
+        version: int = VERSION_1_2,
+        names: Mapping[int, str] | None = None,
+        proxies: Mapping[int, Collection[int]] | None = None,
+        runs: int = RUNS,
     ) -> None:
         properties = Property.DIRECT_REQ_RECV | Property.NOTIFICATIONS | Property.AARCH64
         super().__init__(id, machine, uuid=OPTEE_UUID, properties=properties, version=version)
         self.tee = tee
         self.limits = limits or Limits()
+        self.names = names or {}
+        self.proxies = proxies or {}
+        self._runs = runs
+        self.due: float | None = None  #: when the TEE wants to run again, as it has said last
         self.guests: dict[int, Guest] = {}
         self._threads: dict[int, Thread] = {}
         self._idents = itertools.count(1)
@@ -129,7 +155,7 @@ class OpteePartition(Endpoint):
             self._start(CloseContext(owner=guest, context=guest.context), partial(self._guest_gone, guest))
         elif guest.opening is None:
             self._let_go(guest)
-        self._work()
+        self.work()
 
     def _guest_gone(self, guest: Guest, done: Done) -> None:
         self._let_go(guest)
@@ -143,7 +169,7 @@ class OpteePartition(Endpoint):
     def receive(self, frame: Frame, vcpu: int) -> Frame:
         """Answers direct requests; FFA_RUN lets the TEE work."""
         if response_to(frame.fid) is None:
-            self._work()
+            self.work()
             return Frame.of(Ffa.MSG_WAIT)
         if frame.fid not in (fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)):
             return respond(frame, Result.NOT_SUPPORTED)
@@ -154,17 +180,23 @@ class OpteePartition(Endpoint):
         vm = x[1] >> 16
         guest = self.guests.get(vm)
         if guest is None:
-            guest = self.guests[vm] = Guest(vm, self.limits)
+            guest = self.guests[vm] = Guest(vm, self.limits, self.names.get(vm, f"vm{vm}"))
         try:
             return respond(frame, *serve(self, guest, x))
         except MessageError as e:
             log.debug("vm %s: %s refused: %s", vm, Service(x[3]).name, e)
             return respond(frame, e.code)
 
-    def _work(self) -> None:
-        for _ in range(RUNS):
-            if self.tee.run() != 0:
+    def work(self) -> None:
+        """Lets the TEE work, outside of any request."""
+        for _ in range(self._runs):
+            if not self._run():
                 break
+
+    def _run(self) -> bool:
+        """Lets the TEE work; whether it has more to do."""
+        self.due = self.tee.run()
+        return self.due == 0
 
     def _api_version(self, guest: Guest, x: Frame) -> Words:
         return API_VERSION
@@ -195,8 +227,8 @@ class OpteePartition(Endpoint):
         if shm.unregistering is None:
             shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
             self._start(shm.unregistering, partial(self._unregistered, guest, shm))
-        for _ in range(RUNS):
-            more = self.tee.run() == 0
+        for _ in range(self._runs):
+            more = self._run()
             if shm.unregistering is None or not more:
                 break
         if guest.shms.get(shm.handle) is shm:
@@ -250,22 +282,27 @@ class OpteePartition(Endpoint):
             if found.unregistering is not None:
                 raise MessageError(_BAD, f"{handle:#x} is being unregistered")
             return found
+        return self._retrieve(guest, FfaShare(handle, owner=guest.vm))
+
+    def _retrieve(self, guest: Guest, share: FfaShare, permissions: int = 0) -> Shm:
+        """A region of ``guest``'s from now on, with all permissions or those that are named. Raises MessageError."""
+        handle = share.handle
         if len(guest.shms) >= self.limits.regions:
             raise MessageError(Result.OUT_OF_MEMORY, "too many regions: unregister some")
-        shared = abi.Transaction(guest.vm, (abi.Receiver(self.id),), flags=_SHARED, handle=handle)
-        answer, data = self.retrieve(shared)
+        receivers = (abi.Receiver(self.id, permissions),)
+        answer, data = self.retrieve(abi.Transaction(share.owner, receivers, 0, _SHARED, handle, share.tag))
         if answer.fid != fid(Ffa.MEM_RETRIEVE_RESP):
             code = _CODES.get(answer.error, _BAD) if answer.error is not None else _BAD
             raise MessageError(code, f"{handle:#x} cannot be retrieved: {answer!r}")
         try:
-            memory = self._views(handle, data)
+            memory = self._views(share, data)
         except (FfaError, AccessFaultError, ValueError) as e:
             self.relinquish(handle)
             raise MessageError(Result.NOT_SUPPORTED, f"{handle:#x} cannot be used: {e}") from None
-        found = guest.shms[handle] = Shm(handle, memory)
+        found = guest.shms[handle] = Shm(handle, share.owner, memory)
         return found
 
-    def _views(self, handle: int, data: bytes) -> Memory:
+    def _views(self, share: FfaShare, data: bytes) -> Memory:
         """The memory that a retrieve response describes. Raises FfaError, AccessFaultError, ValueError."""
         (receiver,) = abi.parse(data, self.version).receivers
         read_only = receiver.permissions & 3 != Data.RW
@@ -273,7 +310,7 @@ class OpteePartition(Endpoint):
         access = Access.R if read_only else Access.RW
         ranges = abi.parse_ranges(data[composite.ranges :])
         views = [self.machine.view(self.id, address, pages * PAGE_SIZE, access) for address, pages in ranges]
-        return Memory(views, read_only=read_only, ffa_handle=handle)
+        return Memory(views, read_only=read_only, ffa=share)
 
     def _relinquish(self, guest: Guest, shm: Shm) -> None:
         shm.memory.forget()
@@ -295,7 +332,7 @@ class OpteePartition(Endpoint):
             return
         if guest.context is None:
             if guest.opening is None:
-                guest.opening = OpenContext(owner=guest, vm=f"vm{guest.vm}")
+                guest.opening = OpenContext(owner=guest, vm=guest.name)
                 self._start(guest.opening, partial(self._context_opened, guest))
             return
         ready = True
@@ -343,9 +380,9 @@ class OpteePartition(Endpoint):
         rpc_at = at + message_size(count)
         if count > META_PARAMS + TEE_PARAMS or rpc_at + message_size(RPC_PARAMS) > memory.size:
             raise MessageError(_BAD, f"a message with {count} parameters at {at} of {memory.size} bytes")
-        # there is always one for a CANCEL, which ends at once
+        # there is always one for those that end at once
         full = len(guest.threads) >= self.limits.threads_per_vm or len(self._threads) >= self.limits.threads
-        if full and message.cmd != Command.CANCEL:
+        if full and message.cmd not in _AT_ONCE:
             raise MessageError(Result.BUSY, "no thread is free")
         wires = memory.read(at + HEADER_SIZE, count * (message_size(1) - HEADER_SIZE))
         thread = Thread(next(self._idents) & 0xFFFF_FFFF, guest, shm, at, rpc_at, message, [])
@@ -358,14 +395,18 @@ class OpteePartition(Endpoint):
         return thread
 
     def _leave(self, thread: Thread) -> None:
+        for rpc in thread.lent:
+            _, given = self._given.pop(rpc, (None, None))
+            if given is not None and given.memory is not None:
+                thread.guest.give_back(given.memory)  # the TEE uses it no longer than the call lasts
         for shm in thread.held:
             shm.users -= 1
         del self._threads[thread.ident], thread.guest.threads[thread.ident]
 
     def _go_on(self, thread: Thread) -> Words:
         """Lets the TEE work until the thread has something to say, or nothing can be done now."""
-        for _ in range(RUNS):
-            if (thread.done and thread.then is None) or thread.asks or self.tee.run() != 0:
+        for _ in range(self._runs):
+            if (thread.done and thread.then is None) or thread.asks or not self._run():
                 break
         while thread.asks:
             ask = thread.asks.popleft()
@@ -424,7 +465,7 @@ class OpteePartition(Endpoint):
             raise MessageError(Result.OUT_OF_MEMORY, "too many sessions: close some")
         self._take_params(thread, META_PARAMS)
         thread.message.session = 0
-        identity = Client(client.c, uuid_of(client), f"vm{guest.vm}")
+        identity = Client(client.c, uuid_of(client), guest.name)
         guest.opening_sessions += 1
 
         def then(code: int) -> None:
@@ -492,6 +533,35 @@ class OpteePartition(Endpoint):
                 return
         raise MessageError(Result.ITEM_NOT_FOUND, "no such call")
 
+    def _register_shm(self, thread: Thread) -> None:
+        """Takes memory that another VM has shared, for a VM that may speak for it. What is not that VM's, and what was
+        never shared, are told apart by nobody."""
+        guest = thread.guest
+        if guest.vm not in self.proxies:
+            raise MessageError(Result.NOT_IMPLEMENTED, "for VMs that speak for others")
+        match thread.wires:
+            case [
+                Value(direction=Direction.IN, meta=True, a=handle, b=tag, c=owner),
+                Value(direction=Direction.IN, meta=True, a=size, b=flags),
+            ] if not flags & ~REGISTER_READ_ONLY:
+                pass
+            case _:
+                raise MessageError(_BAD, "REGISTER_SHM without its meta parameters, or with unknown flags")
+        if owner not in self.proxies[guest.vm]:
+            raise MessageError(Result.ACCESS_DENIED, f"VM {guest.vm:#x} does not speak for {owner:#x}")
+        if any(handle in g.shms and g.shms[handle].owner == owner for g in self.guests.values()):
+            raise MessageError(Result.BUSY, f"{handle:#x} is registered already")
+        try:
+            shm = self._retrieve(guest, FfaShare(handle, tag, owner), Data.RO if flags else Data.NOT_SPECIFIED)
+        except MessageError as e:
+            code = Result.ITEM_NOT_FOUND if e.code == _BAD else e.code
+            raise MessageError(code, str(e)) from None
+        if shm.memory.size != size or (shm.memory.read_only and not flags):
+            code = _BAD if shm.memory.size != size else Result.ACCESS_DENIED
+            self._relinquish(guest, shm)
+            raise MessageError(code, f"{handle:#x} has another size, or is read-only")
+        thread.end(Result.SUCCESS, Origin.TEE)
+
     def _bottom_half(self, thread: Thread) -> None:
         """What was raised since the last time, each value by an RPC."""
         values = thread.guest.values
@@ -509,6 +579,7 @@ class OpteePartition(Endpoint):
         Command.INVOKE_COMMAND: _invoke,
         Command.CLOSE_SESSION: _close_session,
         Command.CANCEL: _cancel,
+        Command.REGISTER_SHM: _register_shm,
         Command.DO_BOTTOM_HALF: _bottom_half,
         Command.STOP_ASYNC_NOTIF: _stop_notifications,
     }
@@ -614,6 +685,7 @@ class OpteePartition(Endpoint):
                 self._free(thread, shm.handle)
             else:
                 thread.guest.lent.append(shm)
+                thread.lent.append(ask.rpc)
                 self._given[ask.rpc] = thread.guest, given
                 self.tee.answer(ask.rpc, RpcReply(Result.SUCCESS, [given]))
 
@@ -650,8 +722,8 @@ class OpteePartition(Endpoint):
         guest, given = self._given.pop(rpc, (None, None))
         if guest is not None and given is not None and given.memory is not None:
             guest.give_back(given.memory)
-            if thread is not None and given.memory.ffa_handle is not None:
-                self._free(thread, given.memory.ffa_handle)
+            if thread is not None and given.memory.ffa is not None:
+                self._free(thread, given.memory.ffa.handle)
         if thread is None:
             return
         for ask in list(thread.asks):
@@ -679,6 +751,7 @@ class OpteePartition(Endpoint):
 
 
 _CANCELLED = frozenset({Command.OPEN_SESSION, Command.INVOKE_COMMAND})
+_AT_ONCE = frozenset({Command.CANCEL, Command.REGISTER_SHM})
 
 
 def _output(wire: Wire, param: Param) -> bytes | None:

@@ -1,8 +1,10 @@
-"""The example of docs/ffa.md runs."""
+"""The examples of docs/ffa.md run."""
 
 from __future__ import annotations
 
 import re
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,30 @@ from ffa.roles.endpoint import Endpoint
 from ffa.roles.hypervisor import Hypervisor
 from ffa.roles.machine import Machine
 from ffa.roles.spmc import Spmc
+from guest_driver import client
+from tee.io.runtime import TeeRuntime
+from tee.soft import SoftTee, examples
+
+
+def snippets() -> list[str]:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "ffa.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_example_runs() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "ffa.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = snippets()[0]
     names: dict[str, Any] = {"Machine": Machine, "Spmc": Spmc, "Endpoint": Endpoint, "Hypervisor": Hypervisor}
     names |= {name: getattr(abi, name) for name in ("Transaction", "Receiver")}
     names |= {name: getattr(ids, name) for name in ("Call", "Data", "permissions", "ATTRIBUTES_NORMAL")}
     exec(code, names)
     assert names["answer"].ok
     assert names["machine"].state(0x40100).handle == names["answer"][2]
+
+
+def test_the_middle_way_runs() -> None:
+    code = snippets()[1]
+    tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in())
+    names: dict[str, Any] = {"tee": tee, "PROBE": examples.UUIDS["probe"]}
+    names |= {name: getattr(client, name) for name in ("Context", "TempInOut", "ValueIn")} | {"TeeRuntime": TeeRuntime}
+    exec(code.replace("session.invoke", "answers = session.invoke"), names)
+    assert names["answers"][0] == bytes(b ^ 0xFF for b in b"no byte of this is in memory that the device can read")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,28 @@ from host_backend.router import Router
 from pyvhost.io.dataplane import DataPlane
 from pyvhost.io.server import serve
 from pyvhost.io.sockets import Listener
+from tee.driver import TeeDriver
 from tee.soft import SoftTee, examples
 from tee.soft.ta import TrustedApplication
+from virtio_tee.ffa_tee import FfaTee
+
+
+def over_ffa(tee: SoftTee) -> TeeDriver:
+    """The software TEE behind OP-TEE's partition."""
+    return FfaTee(tee, {"guest": None})
 
 
 class Live:
     """The device behind ``path``; ``tee`` is the one that it serves."""
 
+    reached: Callable[[SoftTee], TeeDriver] = staticmethod(lambda tee: tee)
+    """How the software TEE is reached."""
+
     def __init__(self, path: Path, limits: Limits, queues: int, built_in: Mapping[UUID, type[TrustedApplication]],
                  **options: Any) -> None:  # fmt: skip
         self.path = str(path)
-        self.tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
+        soft = SoftTee(clock=time.monotonic, random=secrets.token_bytes, built_in=built_in, **options)
+        self.tee = self.reached(soft)
         self.router = Router(self.tee, time.monotonic)
         self.device = TeeDevice(
             self.router,

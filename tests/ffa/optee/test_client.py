@@ -10,7 +10,7 @@ import pytest
 from ffa.abi.frame import Frame
 from ffa.abi.ids import Call as Ffa
 from ffa.abi.ids import fid
-from ffa.optee.client import FfaTeeDriver
+from ffa.optee.client import FfaTeeDriver, share
 from ffa.optee.guests import Limits
 from ffa.roles.endpoint import Endpoint, respond
 from ffa.roles.hypervisor import Hypervisor
@@ -28,7 +28,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Notification, RpcWithdrawn
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Value
 from tee.results import Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
@@ -258,11 +258,15 @@ class Liar:
 
 
 @pytest.mark.feature("FF-A: whatever OP-TEE's partition answers, the VM's driver ends every call")
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_a_partition_that_lies(seed: int) -> None:
+def test_a_partition_that_lies(seed: int, copies: bool) -> None:
     rng = random.Random(seed)
-    path = Path(soft_tee(built_in=examples.built_in("probe"), keys=[KEYS.public]))
-    driven = path.driver()
+    path = Path(soft_tee(built_in=examples.built_in("probe"), keys=[KEYS.public]), vms=2)
+    path.partition.proxies = {1: {2}}
+    theirs = path.guests[1]
+    handles = [share(theirs.endpoint, 0x8001, [Range(theirs.base + page * 4096, 4096)]) for page in range(2, 6)]
+    driven = path.driver(copies=copies)
     driver = driven.driver
     liar = Liar(path, rng, 0.3)
     started: list[Any] = []
@@ -287,7 +291,8 @@ def test_a_partition_that_lies(seed: int) -> None:
 
     for _ in range(80):
         context = rng.choice(contexts)
-        memories.append(driver.allocate(4096))
+        named = Memory(size=4096, ffa=FfaShare(rng.choice(handles), owner=2))
+        memories.append(rng.choice([named, Memory.of(bytearray(4096)) if copies else driver.allocate(4096)]))
         session = rng.choice(sessions) if sessions else None
         call: Any = rng.choice(
             [
