@@ -18,11 +18,12 @@ from click.testing import CliRunner
 
 from device.messages import PARAM, REQUEST_HEADER, REQUESTS, RESPONSE_HEADER
 from device.wire import Request
-from guest_driver.client import Context, TempInOut
+from guest_driver.client import TempInOut
 from tee.soft.examples import UUIDS
 from virtio_tee.__main__ import main
 from virtio_tee.compare import report as report_module
 from virtio_tee.compare.meter import Meter, Party, Phase, Readable, What
+from virtio_tee.compare.middle import WINDOW_BYTES
 from virtio_tee.compare.page import MOST_ROWS, page
 from virtio_tee.compare.paths import PATHS
 from virtio_tee.compare.run import Runner
@@ -30,7 +31,8 @@ from virtio_tee.compare.site import GUEST_BYTES, Kit, Site
 from virtio_tee.compare.workloads import PIECES, SESSIONS, TOUCH, WORKLOADS, Job, Workload, data_of, word_of
 
 PAGE, KIB = 4096, 1024
-DIRECT, ZERO_COPY, BOUNCE, FFA = ("direct", ""), ("virtio", "zero-copy"), ("virtio", "bounce"), ("ffa", "")
+DIRECT, ZERO_COPY, BOUNCE = ("direct", ""), ("virtio", "zero-copy"), ("virtio", "bounce")
+MIDDLE, FFA = ("middle", ""), ("ffa", "")
 VIRTIO = (ZERO_COPY, BOUNCE)
 LABELS = {p.label for p in PATHS}
 
@@ -81,7 +83,7 @@ def test_everything_was_run(report: Report) -> None:
     assert {(r["workload"], r["path"], r["mode"]) for r in report["results"]} == {
         (w.name, p.name, p.mode) for w in WORKLOADS for p in PATHS
     }
-    assert {DIRECT, ZERO_COPY, BOUNCE, FFA} <= {(p["path"], p["mode"]) for p in report["paths"]}
+    assert {DIRECT, ZERO_COPY, BOUNCE, MIDDLE, FFA} == {(p["path"], p["mode"]) for p in report["paths"]}
 
 
 def test_the_answers_are_the_same_on_all_paths_and_right(report: Report) -> None:
@@ -120,6 +122,8 @@ class TestCounts:
         assert counts(report, "null", FFA, *names) == (1, 6, 0, 1, 2, 1, 0)
         assert of(report, "null", FFA)["setup"]["pages_shared"] == 1
         assert of(report, "null", DIRECT)["bytes_copied"] == 0
+        # the ring, and from the host on as over FF-A
+        assert counts(report, "null", MIDDLE, *names) == (1, 8, 2, 1, 2, 0, 0)
 
     @pytest.mark.parametrize("pages", [1, 16, 256, 4096])
     def test_registered_memory(self, report: Report, pages: int) -> None:
@@ -132,6 +136,8 @@ class TestCounts:
         assert counts(report, name, BOUNCE, "messages", "pages_shared", "bytes_copied") == (4, 0, one + 2 * size)
         assert counts(report, name, FFA, "messages", "pages_shared") == (6, pages + 1)
         assert of(report, name, FFA)["bytes_copied"] < KIB
+        assert counts(report, name, MIDDLE, "messages", "pages_shared") == (8, pages)
+        assert of(report, name, MIDDLE)["bytes_copied"] < KIB
 
     def test_temporary_memory_is_registered_for_the_call_if_it_is_large(self, report: Report) -> None:
         for path in VIRTIO:
@@ -145,6 +151,7 @@ class TestCounts:
     def test_scattered_memory(self, report: Report) -> None:
         assert of(report, "scattered", ZERO_COPY)["pages_shared"] == PIECES
         assert of(report, "scattered", FFA)["pages_shared"] == PIECES + 1
+        assert of(report, "scattered", MIDDLE)["pages_shared"] == PIECES
         # a descriptor of 16 bytes for each page: three buffers full, so two fragments follow
         assert of(report, "scattered", FFA)["requests"] == of(report, "temporary-64KiB", FFA)["requests"] + 2
 
@@ -154,6 +161,8 @@ class TestCounts:
         for path in VIRTIO:  # to the host, to the guest; its answer, which is returned; to the TEE
             assert counts(report, "load", path, "rpcs", "rpc_hops") == (4, 4 * 5)
         assert counts(report, "load", FFA, "rpcs", "rpc_hops") == (4, 4 * 6)
+        # three to the host and three from it, the event, its answer, which is returned
+        assert counts(report, "load", MIDDLE, "rpcs", "rpc_hops") == (4, 4 * 9)
 
     def test_many(self, report: Report) -> None:
         for path in VIRTIO:
@@ -164,6 +173,7 @@ class TestCounts:
     def test_attaching_shows_a_backend_all_memory_at_once(self, report: Report) -> None:
         assert of(report, "null", ZERO_COPY)["attach"]["pages_shared"] == GUEST_BYTES // PAGE
         assert of(report, "guests", BOUNCE)["attach"]["pages_shared"] == 4 * GUEST_BYTES // PAGE
+        assert of(report, "null", MIDDLE)["attach"]["pages_shared"] == WINDOW_BYTES // PAGE
         assert of(report, "null", FFA)["attach"]["pages_shared"] == 0
 
 
@@ -183,6 +193,13 @@ class TestReaders:
         assert readers(report, name, FFA, "guest_memory")["hypervisor"] == 2 * PAGE
         assert readers(report, name, FFA, "guest_memory")["tee"] == size + PAGE
 
+    @pytest.mark.parametrize("name", ["registered-64KiB", "temporary-4KiB", "temporary-64KiB", "scattered", "storage"])
+    def test_the_middle_way_keeps_memory_from_the_host(self, report: Report, name: str) -> None:
+        found, size = readers(report, name, MIDDLE, "payload"), named(name).size
+        assert found == {"guest": size, "host": 0, "hypervisor": 0, "spmc": 0, "tee": size}
+        assert readers(report, name, MIDDLE, "guest_memory")["host"] == WINDOW_BYTES
+        assert readers(report, name, MIDDLE, "guest_memory")["tee"] >= size
+
     @pytest.mark.parametrize("name", ["registered-64KiB", "temporary-64KiB", "scattered"])
     def test_bounce_buffers_change_who_reads_what(self, report: Report, name: str) -> None:
         size = named(name).size
@@ -200,6 +217,8 @@ class TestReaders:
         """The host sees a request; hypervisor and SPMC see registers, and those say where the message is."""
         for path in VIRTIO:
             assert readers(report, "values", path, "payload") == {"guest": 8, "host": 8, "tee": 8}
+        # on the middle way they are in the request
+        assert readers(report, "values", MIDDLE, "payload")["host"] == 8
         assert readers(report, "values", FFA, "payload") == {"guest": 8, "hypervisor": 0, "spmc": 0, "tee": 8}
 
     def test_of_a_tas_package(self, report: Report) -> None:
@@ -220,7 +239,7 @@ class TestReaders:
 
         @contextmanager
         def other(workload: Workload, site: Site) -> Iterator[Job]:
-            with Context(site.guests[0], vm=site.vms[0]) as context, context.open_session(UUIDS["probe"]) as session:
+            with site.context() as context, context.open_session(UUIDS["probe"]) as session:
                 yield Job(lambda: session.invoke(TOUCH, TempInOut(bytes(64 * KIB))), lambda _: b"")
 
         workload = replace(named("temporary-64KiB"), prepare=other)

@@ -9,6 +9,7 @@ from functools import partial
 
 from virtio_tee.compare.direct import direct
 from virtio_tee.compare.meter import Meter, Party
+from virtio_tee.compare.middle import middle
 from virtio_tee.compare.over_ffa import over_ffa
 from virtio_tee.compare.site import Kit, Site
 from virtio_tee.compare.virtio import virtio
@@ -102,6 +103,33 @@ PATHS: Sequence[Path] = (
             ),
             _HYPERVISOR_AS_IS,
             Trust(Party.TEE, "with what each call passes; it has no access to the guest's memory", ""),
+        ),
+    ),
+    Path(
+        "middle",
+        "",
+        "virtqueues for calls, FF-A for their data: the guest shares memory with the TEE, and the host cannot read it",
+        (Party.GUEST, Party.HOST, Party.HYPERVISOR, Party.SPMC, Party.TEE),
+        middle,
+        (
+            Trust(Party.GUEST, "", "the virtio-tee driver, with FF-A memory sharing"),
+            Trust(
+                Party.HOST,
+                "with requests and the values in them, and to pass calls on; not with memory",
+                "a backend that is told the guest's endpoint and may call the TEE by FF-A; a VMM with vhost-user that "
+                "shares only what rings and requests lie in",
+            ),
+            Trust(
+                Party.HYPERVISOR,
+                "to keep who owns and who borrows each page; it sees registers and descriptors",
+                "FF-A memory sharing for VMs; no messages of theirs",
+            ),
+            Trust(Party.SPMC, "to keep worlds and partitions apart", "an SPMC that knows VMs as owners of memory"),
+            Trust(
+                Party.TEE,
+                "with what each call passes; it retrieves memory of the guest that the host speaks for, and no other's",
+                "OP-TEE as an FF-A partition that takes such handles",
+            ),
         ),
     ),
     Path(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from ffa.optee.client import Pages
+from guest_driver.client import REGISTER_FROM, Context
 from tee import package
 from tee.driver import TeeDriver
 from tee.io.runtime import TeeRuntime
 from tee.io.supplicant import Services
+from tee.memory import Memory
 from tee.soft.examples import UUIDS, source
 
 LOADED = "hello_world"
@@ -65,12 +68,27 @@ class Kit:
         return Services(ta_folders=(str(self.tas),), fs_folder=str(self.folder / f"files-{name}"), fs_sync=False)
 
 
+Shared = Callable[[Memory], AbstractContextManager[Memory]]
+"""Makes memory that the first guest has put together ready to be registered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Guests' clients on one path. ``vms`` name the guests, where the client says whose it is."""
+    """Guests' clients on one path. ``vms`` name the guests, where the client says whose it is.
+
+    ``register_from``: of how many bytes on clients register temporary memory. ``pages`` gives out the first guest's
+    pages, which ``shared`` makes ready to be registered, while nothing else goes on.
+    """
 
     guests: Sequence[TeeRuntime]
     vms: Sequence[str]
+    register_from: int = REGISTER_FROM
+    pages: Pages | None = None
+    shared: Shared = nullcontext
+
+    def context(self, number: int = 0) -> Context:
+        """A new context of a guest's client."""
+        return Context(self.guests[number], vm=self.vms[number], register_from=self.register_from)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from virtio_tee.compare.site import GUEST_BYTES, Kit, Site, running
 from virtio_tee.compare.tees import MeteredTee, soft_tee
 
 READY_S = 20.0
-_GUEST = {"wanted": int(DRIVER_FEATURES), "memory_bytes": GUEST_BYTES}
 _RPC_REQUESTS = frozenset({Request.RPC_REPLY, Request.RPC_WITHDRAWN_ACK})
 _RPC_EVENTS = frozenset({Event.RPC, Event.RPC_WITHDRAWN})
 
@@ -48,10 +48,9 @@ def virtio(kit: Kit, place: str, guests: int, meter: Meter | None, *, bounce: bo
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vtee-")))
         sockets = [str(folder / f"{number}.sock") for number in range(guests)]
         stack.enter_context(_counted(kit, sockets, meter, bounce) if meter else _process(kit, sockets, bounce))
-        drivers: list[TeeDriver] = []
-        for path in sockets:
-            transport = _CountedTransport(path, meter) if meter else VhostUserTransport(path, **_GUEST)
-            drivers.append(stack.enter_context(closing(VirtioTeeDriver(transport))))
+        drivers: list[TeeDriver] = [
+            stack.enter_context(closing(VirtioTeeDriver(transport(path, meter)))) for path in sockets
+        ]
         yield Site(stack.enter_context(running(kit, place, drivers)), [""] * guests)
 
 
@@ -80,26 +79,29 @@ def _process(kit: Kit, sockets: Sequence[str], bounce: bool) -> Iterator[None]:
             backend.stdout.close()
 
 
-# -- counted
+# -- in this process
 
 
 @contextmanager
 def _counted(kit: Kit, sockets: Sequence[str], meter: Meter, bounce: bool) -> Iterator[None]:
     door = MeteredTee(soft_tee(kit.key), meter, Party.HOST, switches=True, in_guest=lambda memory: bool(memory.ranges))
-    tee: TeeDriver = BouncingTee(door) if bounce else door
-    router = _CountedRouter(tee, meter)
-    meter.looks.setdefault(Party.GUEST, [])
+    with in_process(BouncingTee(door) if bounce else door, sockets, meter):
+        yield
+
+
+@contextmanager
+def in_process(
+    tee: TeeDriver, sockets: Sequence[str], meter: Meter | None, ffa_vms: Sequence[int | None] | None = None
+) -> Iterator[None]:
+    """A backend on threads of this process; ``ffa_vms`` are its guests' FF-A endpoints."""
+    router = Router(tee, time.monotonic) if meter is None else _CountedRouter(tee, meter)
+    devices = [_device(router, meter, number, ffa_vm) for number, ffa_vm in enumerate(ffa_vms or [None] * len(sockets))]
     started, tokens, scope = threading.Event(), [], trio.CancelScope()
     with ExitStack() as stack:
         listeners = [stack.enter_context(Listener.at_path(path)) for path in sockets]
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
-        signal = dataplane.signal
-
-        def counted_signal(fd: int) -> bool:
-            meter.notification(Party.HOST, Party.GUEST, "interrupt")
-            return signal(fd)
-
-        dataplane.signal = counted_signal
+        if meter is not None:
+            _count_signals(dataplane, meter)
         dataplane.post(lambda: dataplane.add_runner(router))
 
         async def main() -> None:
@@ -107,8 +109,8 @@ def _counted(kit: Kit, sockets: Sequence[str], meter: Meter, bounce: bool) -> It
             started.set()
             with scope:
                 async with trio.open_nursery() as nursery:
-                    for number, listener in enumerate(listeners):
-                        nursery.start_soon(serve, _CountedDevice(router, meter, f"vm{number}"), listener, dataplane)
+                    for device, listener in zip(devices, listeners, strict=True):
+                        nursery.start_soon(serve, device, listener, dataplane)
 
         thread = threading.Thread(target=lambda: trio.run(main), daemon=True)
         thread.start()
@@ -120,12 +122,41 @@ def _counted(kit: Kit, sockets: Sequence[str], meter: Meter, bounce: bool) -> It
             thread.join(READY_S)
 
 
+def _device(router: Router, meter: Meter | None, number: int, ffa_vm: int | None) -> TeeDevice:
+    device = TeeDevice if meter is None else partial(_CountedDevice, meter)
+    return device(
+        router,
+        vm=f"vm{number}",
+        limits=Limits(),
+        request_queues=1,
+        clock=time.monotonic,
+        new_epoch=lambda: secrets.randbits(64),
+        ffa_vm=ffa_vm,
+    )
+
+
+def _count_signals(dataplane: DataPlane, meter: Meter) -> None:
+    signal = dataplane.signal
+
+    def counted(fd: int) -> bool:
+        meter.notification(Party.HOST, Party.GUEST, "interrupt")
+        return signal(fd)
+
+    dataplane.signal = counted
+
+
+def transport(path: str, meter: Meter | None, memory_bytes: int = GUEST_BYTES) -> VhostUserTransport:
+    """A guest's, whose memory is ``memory_bytes``, all of it shared with the backend."""
+    kind = VhostUserTransport if meter is None else partial(_CountedTransport, meter)
+    return kind(path, wanted=int(DRIVER_FEATURES), memory_bytes=memory_bytes)
+
+
 class _CountedTransport(VhostUserTransport):
     """Counts kicks: each is an exit of the VM."""
 
-    def __init__(self, path: str, meter: Meter) -> None:
+    def __init__(self, meter: Meter, path: str, **options: int) -> None:
         self._meter = meter
-        super().__init__(path, **_GUEST)
+        super().__init__(path, **options)
         meter.looks.setdefault(Party.GUEST, []).append(lambda: [Readable(self._ram.view, True)])
 
     def kick(self, index: int) -> None:
@@ -151,15 +182,8 @@ class _CountedDevice(TeeDevice):
 
     spin_us = 0  # so that each kick and each interrupt has its reason
 
-    def __init__(self, router: Router, meter: Meter, vm: str) -> None:
-        super().__init__(
-            router,
-            vm=vm,
-            limits=Limits(),
-            request_queues=1,
-            clock=time.monotonic,
-            new_epoch=lambda: secrets.randbits(64),
-        )
+    def __init__(self, meter: Meter, router: Router, **options: Any) -> None:
+        super().__init__(router, **options)
         self._meter = meter
         meter.looks.setdefault(Party.HOST, []).append(self._look)
 

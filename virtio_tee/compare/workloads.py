@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from ffa.optee.client import Pages
 from guest_driver.client import (
     Context,
     PendingCall,
@@ -110,7 +111,7 @@ def _plain(answers: Any) -> bytes:
 
 @contextmanager
 def _probe(site: Site) -> Iterator[tuple[Context, Session]]:
-    with Context(site.guests[0], vm=site.vms[0]) as context, context.open_session(UUIDS["probe"]) as session:
+    with site.context() as context, context.open_session(UUIDS["probe"]) as session:
         yield context, session
 
 
@@ -159,29 +160,30 @@ def _registered(workload: Workload, site: Site) -> Iterator[Job]:
 @contextmanager
 def _scattered(workload: Workload, site: Site) -> Iterator[Job]:
     runtime, data = site.guests[0], data_of(workload)
-    with _probe(site) as (context, session), _pieces(runtime, workload.size // PAGE) as memory:
-        memory.write(0, data)
+    with _probe(site) as (context, session), _pieces(site.pages or runtime, workload.size // PAGE) as pieces:
+        pieces.write(0, data)
 
         def call() -> None:
-            _done(runtime, RegisterMemory(context=context.handle, memory=memory))
-            try:
-                session.invoke(TOUCH, SharedMemory(context, memory, owned=False).whole(Direction.INOUT))
-            finally:
-                _done(runtime, UnregisterMemory(context=context.handle, memory=memory))
+            with site.shared(pieces) as memory:
+                _done(runtime, RegisterMemory(context=context.handle, memory=memory))
+                try:
+                    session.invoke(TOUCH, SharedMemory(context, memory, owned=False).whole(Direction.INOUT))
+                finally:
+                    _done(runtime, UnregisterMemory(context=context.handle, memory=memory))
 
-        yield Job(call, lambda _: memory.read(0, memory.size))
+        yield Job(call, lambda _: pieces.read(0, pieces.size))
 
 
 @contextmanager
-def _pieces(runtime: TeeRuntime, count: int) -> Iterator[Memory]:
+def _pieces(pages: Pages | TeeRuntime, count: int) -> Iterator[Memory]:
     """Memory of pages no two of which lie side by side."""
-    pages = [runtime.allocate(PAGE) for _ in range(2 * count)]
-    used = pages[::2]
+    given = [pages.allocate(PAGE) for _ in range(2 * count)]
+    used = given[::2]
     try:
         yield Memory([page.segments[0] for page in used], ranges=[r for page in used for r in page.ranges])
     finally:
-        for page in pages:
-            runtime.release(page)
+        for page in given:
+            pages.release(page)
 
 
 def _done(runtime: TeeRuntime, call: RegisterMemory | UnregisterMemory) -> None:
@@ -192,7 +194,7 @@ def _done(runtime: TeeRuntime, call: RegisterMemory | UnregisterMemory) -> None:
 
 @contextmanager
 def _load(workload: Workload, site: Site) -> Iterator[Job]:
-    with Context(site.guests[0], vm=site.vms[0]) as context:
+    with site.context() as context:
 
         def call() -> Any:
             with context.open_session(UUIDS[LOADED]) as session:
@@ -205,7 +207,7 @@ def _load(workload: Workload, site: Site) -> Iterator[Job]:
 def _storage(workload: Workload, site: Site) -> Iterator[Job]:
     name, data = b"compare", data_of(workload)
     with (
-        Context(site.guests[0], vm=site.vms[0]) as context,
+        site.context() as context,
         context.open_session(UUIDS["secure_storage"]) as session,
     ):
 
@@ -218,7 +220,7 @@ def _storage(workload: Workload, site: Site) -> Iterator[Job]:
 
 @contextmanager
 def _many_sessions(workload: Workload, site: Site) -> Iterator[Job]:
-    with Context(site.guests[0], vm=site.vms[0]) as context, ExitStack() as stack:
+    with site.context() as context, ExitStack() as stack:
         yield _all_at_once(
             [stack.enter_context(context.open_session(UUIDS["probe"])) for _ in range(workload.sessions)]
         )
@@ -228,8 +230,8 @@ def _many_sessions(workload: Workload, site: Site) -> Iterator[Job]:
 def _many_guests(workload: Workload, site: Site) -> Iterator[Job]:
     with ExitStack() as stack:
         sessions = []
-        for runtime, vm in zip(site.guests[: workload.guests], site.vms, strict=False):
-            context = stack.enter_context(Context(runtime, vm=vm))
+        for number in range(workload.guests):
+            context = stack.enter_context(site.context(number))
             sessions.append(stack.enter_context(context.open_session(UUIDS["probe"])))
         yield _all_at_once(sessions)
 
