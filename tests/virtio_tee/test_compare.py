@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -413,8 +415,27 @@ def test_answers_that_differ_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
-    for arguments in (["--workload", "nothing"], ["--path", "carrier pigeon"], ["--html", str(tmp_path)]):
+    wrong = (["--html", str(tmp_path)], ["--html", str(tmp_path / "none" / "report.html")])
+    for arguments in (["--workload", "nothing"], ["--path", "carrier pigeon"], ["--seconds", "-1"], *wrong):
         assert CliRunner().invoke(main, ["compare", *arguments]).exit_code == 2
+
+
+def test_a_backend_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    done = CliRunner().invoke(main, ["compare", "--seconds", "0.01", "--workload", "null", "--path", "virtio"])
+    assert done.exit_code == 1
+    assert "did not start" in done.stderr
+
+
+def test_a_backend_ends_with_whoever_has_started_it(tmp_path: Path) -> None:
+    kit, socket = Kit.new(tmp_path), tmp_path / "tee.sock"
+    words = [sys.executable, "-m", "virtio_tee.compare.backend", str(kit.key_file), str(socket)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as backend:
+        assert backend.stdout is not None
+        assert backend.stdin is not None
+        assert backend.stdout.readline() == b"ready\n"
+        backend.stdin.close()
+        assert backend.wait(20) == 0
 
 
 @pytest.mark.parametrize(

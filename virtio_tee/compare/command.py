@@ -66,6 +66,8 @@ def compare(
     workloads = [w for w in WORKLOADS if not globs or any(fnmatch(w.name, glob) for glob in globs)]
     if not workloads:
         raise click.UsageError("no workload matches: --help names them")
+    if html is not None and not (html.absolute().parent.is_dir() and os.access(html.absolute().parent, os.W_OK)):
+        raise click.UsageError(f"--html {html}: there is no such folder, or nothing can be written to it")
     if seconds and os.getloadavg()[0] > BUSY:
         _say(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the times will say little, the counts all")
     try:
@@ -77,7 +79,10 @@ def compare(
     if html is not None:
         from virtio_tee.compare.page import page
 
-        html.write_text(page(report), encoding="utf-8")
+        try:
+            html.write_text(page(report), encoding="utf-8")
+        except OSError as e:
+            raise click.ClickException(f"--html {html}: {e}") from None
         _say(f"wrote {html}")
     if as_text:
         click.echo(json.dumps(report))

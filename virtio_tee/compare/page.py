@@ -21,7 +21,7 @@ SHOWN = "registered-1MiB"
 LATENCIES = ("open", "null", "values", "load", "storage", "sessions", "guests")
 COUNTED = ("null", "temporary-64KiB", "registered-1MiB", "load")
 SERIES = ("registered", "temporary")
-MARKS = ("circle", "square", "diamond", "triangle", "cross")
+MARKS = ("circle", "square", "diamond", "triangle", "downward")
 MOST_ROWS = 90
 """Of one sequence diagram."""
 
@@ -165,7 +165,7 @@ def _mark(kind: str, x: float, y: float, r: float = 4.5) -> str:
         "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
         "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
         "triangle": ((0, -1.2), (1.2, 1), (-1.2, 1)),
-        "cross": ((-1.2, -0.4), (1.2, -0.4), (1.2, 0.4), (-1.2, 0.4)),
+        "downward": ((-1.2, -1), (1.2, -1), (0, 1.2)),
     }
     if kind == "circle":
         return f"M{x - r:.1f},{y:.1f}a{r},{r} 0 1,0 {2 * r},0a{r},{r} 0 1,0 {-2 * r},0Z"

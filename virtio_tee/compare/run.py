@@ -20,6 +20,9 @@ SETTLE_S = 0.004
 WARM_UPS = 2
 LEAST = 5
 """Calls that are timed, if they take long."""
+BUDGET = 400.0
+"""All of it takes about this many times the seconds that each workload is timed on each path, and no longer: on a busy
+machine less is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Runner:
 
     def run(self) -> list[Result]:
         """All of it. Raises TeeError, OSError: a path does not do the work."""
+        end = time.monotonic() + BUDGET * self.seconds
         results = []
         for number, workload in enumerate(self.workloads, 1):
             self.say(f"counting {number} of {len(self.workloads)}: {workload.what}")
@@ -77,7 +81,8 @@ class Runner:
                     if not number % len(self.paths):
                         self.say(f"timing {number // len(self.paths) + 1} of {len(self.workloads)}: "
                                  f"{result.workload.what}")  # fmt: skip
-                    result.timing = self._time(result.workload, sites[result.path])
+                    left = max(0.0, end - time.monotonic()) / (len(results) - number)
+                    result.timing = self._time(result.workload, sites[result.path], min(self.seconds, left / 2))
         return results
 
     def _place(self) -> str:
@@ -106,19 +111,20 @@ class Runner:
             answer,
         )
 
-    def _time(self, workload: Workload, site: Site) -> Timing:
+    @staticmethod
+    def _time(workload: Workload, site: Site, seconds: float) -> Timing:
         with workload.prepare(workload, site) as job:
             for _ in range(WARM_UPS):
                 job.call()
             samples: list[int] = []
-            end = time.perf_counter() + self.seconds
+            end = time.perf_counter() + seconds
             while len(samples) < LEAST or time.perf_counter() < end:
                 start = time.perf_counter_ns()
                 job.call()
                 samples.append(time.perf_counter_ns() - start)
             depth, per_s = DEPTH, 0.0
             if job.begin is not None:
-                per_s = _throughput(job.begin, self.seconds)
+                per_s = _throughput(job.begin, seconds)
             else:
                 depth, per_s = 1, 1e9 * len(samples) / sum(samples)
         return Timing(median(samples) / 1e3, quantiles(samples, n=10)[-1] / 1e3, len(samples), depth, per_s)

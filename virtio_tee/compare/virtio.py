@@ -60,9 +60,7 @@ def virtio(kit: Kit, place: str, guests: int, meter: Meter | None, *, bounce: bo
 @contextmanager
 def _process(kit: Kit, sockets: Sequence[str], bounce: bool) -> Iterator[None]:
     words = [sys.executable, "-m", "virtio_tee.compare.backend", str(kit.key_file), *sockets]
-    backend = subprocess.Popen(
-        [*words, "--bounce"] if bounce else words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    )
+    backend = subprocess.Popen([*words, "--bounce"] if bounce else words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert backend.stdout is not None
         if not backend.stdout.readline():
@@ -75,8 +73,9 @@ def _process(kit: Kit, sockets: Sequence[str], bounce: bool) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             backend.kill()
             backend.wait()
-        if backend.stdout is not None:
-            backend.stdout.close()
+        for stream in (backend.stdin, backend.stdout):
+            if stream is not None:
+                stream.close()
 
 
 # -- in this process
