@@ -257,6 +257,14 @@ def permissions(data: Data, instruction: Instruction = Instruction.NOT_SPECIFIED
 DIRECT_FRAMEWORK_BIT = 1 << 31
 """In w2 of a direct message: a framework message, which only partition managers exchange."""
 
+
+class FrameworkMessage(IntEnum):
+    """Types of framework messages (w2, bits 0-7); the response's is one more. The VM's id is in w5, a status in w3."""
+
+    VM_CREATED = 4
+    VM_DESTROYED = 6
+
+
 NOTIFY_PER_VCPU = 1 << 0
 NOTIFY_DELAY_SRI = 1 << 1
 GET_FROM_SP, GET_FROM_VM, GET_FROM_SPM, GET_FROM_HYP = 1, 2, 4, 8

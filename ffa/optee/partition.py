@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame, halves, pair
+from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import (
+    DIRECT_FRAMEWORK_BIT,
     FLAG_TYPE_SHIFT,
     PAGE_SIZE,
     TRANSACTION_TYPES,
@@ -23,6 +24,7 @@ from ffa.abi.ids import (
     Data,
     Error,
     FfaError,
+    FrameworkMessage,
     Property,
     fid,
 )
@@ -113,6 +115,7 @@ class OpteePartition(Endpoint):
         runs: int = RUNS,
     ) -> None:
         properties = Property.DIRECT_REQ_RECV | Property.NOTIFICATIONS | Property.AARCH64
+        properties |= Property.VM_CREATED | Property.VM_DESTROYED
         super().__init__(id, machine, uuid=OPTEE_UUID, properties=properties, version=version)
         self.tee = tee
         self.limits = limits or Limits()
@@ -125,6 +128,8 @@ class OpteePartition(Endpoint):
         self._idents = itertools.count(1)
         self._by_call: dict[Call, Thread] = {}
         self._ends: dict[Call, Callable[[Done], None]] = {}
+        self._leaving: set[Guest] = set()
+        """VMs that are gone, and of which the TEE still has something."""
         self._given: dict[Rpc, tuple[Guest, MemRef]] = {}
         """SHM_ALLOCs whose memory the TEE has."""
         tee.attach(self._take)
@@ -145,6 +150,7 @@ class OpteePartition(Endpoint):
         if guest is None:
             return
         guest.ended = True
+        self._leaving.add(guest)
         for thread in list(guest.threads.values()):
             thread.then = None
             for ask in [*thread.asks, *([thread.asked] if thread.asked is not None else ())]:
@@ -163,6 +169,28 @@ class OpteePartition(Endpoint):
     def _let_go(self, guest: Guest) -> None:
         for shm in list(guest.shms.values()):
             self._relinquish(guest, shm)
+        self._leaving.discard(guest)
+
+    def _created(self, vm: int) -> int:
+        if vm in self.guests:
+            return Error.INVALID_PARAMETERS
+        return Error.RETRY if any(guest.vm == vm for guest in self._leaving) else 0
+
+    def _destroyed(self, vm: int) -> int:
+        """RETRY: the TEE still has something of it."""
+        self.end(vm)
+        for guest in self.guests.values():
+            for shm in [s for s in guest.shms.values() if s.owner == vm and not s.users and s.registering is None]:
+                self._begin_unregister(guest, shm)
+        self.work()
+        left = any(guest.vm == vm for guest in self._leaving)
+        left |= any(shm.owner == vm for guest in self.guests.values() for shm in guest.shms.values())
+        return Error.RETRY if left else 0
+
+    _FRAMEWORK: ClassVar[dict[int, Callable[[Any, int], int]]] = {
+        FrameworkMessage.VM_CREATED: _created,
+        FrameworkMessage.VM_DESTROYED: _destroyed,
+    }
 
     # -- FF-A
 
@@ -174,6 +202,10 @@ class OpteePartition(Endpoint):
         if frame.fid not in (fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)):
             return respond(frame, Result.NOT_SUPPORTED)
         x = frame.narrow
+        framework = self._FRAMEWORK.get(x[2] ^ DIRECT_FRAMEWORK_BIT)
+        if framework is not None:
+            answer = respond(frame, framework(self, x[5]) & MASK32)
+            return Frame(*answer[:2], x[2] + 1, *answer[3:])
         serve = self._SERVICES.get(x[3])
         if serve is None:
             return respond(frame, Result.NOT_SUPPORTED)
@@ -221,12 +253,7 @@ class OpteePartition(Endpoint):
             raise MessageError(Result.ITEM_NOT_FOUND, "the partition does not have it")
         if shm.users or shm.registering is not None:
             raise MessageError(Result.BUSY, "in use")
-        if not shm.ready:
-            self._relinquish(guest, shm)
-            return (0,)
-        if shm.unregistering is None:
-            shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
-            self._start(shm.unregistering, partial(self._unregistered, guest, shm))
+        self._begin_unregister(guest, shm)
         for _ in range(self._runs):
             more = self._run()
             if shm.unregistering is None or not more:
@@ -234,6 +261,14 @@ class OpteePartition(Endpoint):
         if guest.shms.get(shm.handle) is shm:
             raise MessageError(Result.BUSY, "the TEE still has it")
         return (0,)
+
+    def _begin_unregister(self, guest: Guest, shm: Shm) -> None:
+        """Ends a registration, and the retrieval with it; at once where the TEE does not know it."""
+        if not shm.ready:
+            self._relinquish(guest, shm)
+        elif shm.unregistering is None:
+            shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
+            self._start(shm.unregistering, partial(self._unregistered, guest, shm))
 
     def _unregistered(self, guest: Guest, shm: Shm, done: Done) -> None:
         shm.unregistering = None

@@ -12,15 +12,19 @@ from construct import Int16ul, Int32ul, Struct
 
 from ffa.abi import messages
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame
+from ffa.abi.frame import MASK32, Frame
 from ffa.abi.ids import (
+    DIRECT_FRAMEWORK_BIT,
     HYPERVISOR_ID,
     PAGE_SIZE,
     RX_FULL,
     SPMC_ID,
+    Call,
     Error,
     FfaError,
+    FrameworkMessage,
     Property,
+    fid,
     is_secure,
 )
 from ffa.roles.endpoint import Endpoint
@@ -44,6 +48,13 @@ ForwardedMap = Codec(
     ),
 )
 """What a hypervisor puts into its TX buffer to map a VM's buffers for the SPMC (endpoint RX/TX descriptor)."""
+
+
+_AVAILABILITY = {
+    DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_CREATED: Property.VM_CREATED,
+    DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_DESTROYED: Property.VM_DESTROYED,
+}
+"""w2 of a framework message of a hypervisor's → the property of partitions that get it."""
 
 
 class Spmc(Manager):
@@ -171,6 +182,23 @@ class Spmc(Manager):
             return super().rx_release(who, x, vcpu)
         self._vm_box(who, vm).release()
         return Frame.success()
+
+    # -- direct messages
+
+    def direct_request(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """A hypervisor may tell partitions of its VMs, if they want to know."""
+        framework = x.fid != fid(Call.MSG_SEND_DIRECT_REQ2) and x[2] & DIRECT_FRAMEWORK_BIT
+        if not framework or not self._relays(who):
+            return super().direct_request(who, x, vcpu)
+        wanted = _AVAILABILITY.get(x[2] & MASK32)
+        if wanted is None or x[1] >> 16 & 0xFFFF != HYPERVISOR_ID or any((*x[3:5], *x[6:8])):
+            raise FfaError(Error.INVALID_PARAMETERS)
+        if not 0 < x[5] < SPMC_ID:
+            raise FfaError(Error.INVALID_PARAMETERS, "no VM's id")
+        to = self.served.get(x[1] & 0xFFFF)
+        if to is not None and not to.endpoint.properties & wanted:
+            raise FfaError(Error.DENIED, "the partition does not want to know")
+        return self.ask(who, x[1] & 0xFFFF, x, vcpu)
 
     # -- indirect messages
 

@@ -21,6 +21,7 @@ from ffa.abi.ids import (
     Error,
     FfaError,
     Instruction,
+    is_secure,
 )
 from ffa.roles import checks
 from ffa.roles.machine import Access, Machine, PageState, exclusive
@@ -64,6 +65,13 @@ class Region:
     below: bool = False  #: the SPMC below has it as well
     sent: int = 0  #: bytes of the whole descriptor that have come
     clear: bool = False  #: a borrower has asked that the memory be zeroed when the last of them has relinquished
+
+    @property
+    def both_worlds(self) -> bool:
+        """Whether hypervisor and SPMC each know of a part of the borrowers alone. Then neither zeroes before the memory
+        is reclaimed: somebody that the other knows of may be working on it."""
+        secure = {is_secure(b) for b in self.borrowers}
+        return not is_secure(self.descriptor.sender) and len(secure) == 2
 
     @property
     def held(self) -> bool:
@@ -309,7 +317,7 @@ class Transactions:
             return
         lending.state = after
         region.clear |= (clear or lending.clear) and lending.writable
-        if region.clear and not region.held:
+        if region.clear and not region.held and not region.both_worlds:
             self.machine.clear(region.ranges)
             region.clear = False
         lending.permissions = 0
@@ -324,6 +332,8 @@ class Transactions:
     def reclaim(self, region: Region, flags: int) -> None:
         """Gives a region back to its sender."""
         self.forget(region)
+        if region.clear:
+            self.machine.clear(region.ranges)
         if region.own:
             if flags & FLAG_CLEAR:
                 self.machine.clear(region.ranges)
