@@ -60,10 +60,18 @@ class FfaTee:
     then name memory that this endpoint has shared with the TEE (:class:`~tee.driver.TakesHandles`). ``vms`` has those
     endpoints, by name of the guest; they may be used on other threads.
 
-    Raises ValueError: an endpoint that cannot be a guest's, or is two guests'; TeeError: the TEE cannot be used.
+    ``machine`` is a new one, if it is given. Raises ValueError: an endpoint that cannot be a guest's, or is two
+    guests'; TeeError: the TEE cannot be used.
     """
 
-    def __init__(self, tee: TeeDriver, guests: Mapping[str, int | None], *, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        tee: TeeDriver,
+        guests: Mapping[str, int | None],
+        *,
+        limits: Limits = LIMITS,
+        machine: Machine | None = None,
+    ) -> None:
         owners = [owner for owner in guests.values() if owner is not None]
         if len(set(owners)) != len(owners):
             raise ValueError("two guests have the same FF-A endpoint")
@@ -74,7 +82,7 @@ class FfaTee:
         self._owners = dict(guests)
         self._sink: Sink | None = None
         self._unknown: list[Done] = []
-        self.machine = Machine()
+        self.machine = machine or Machine()
         self.spmc = Spmc(self.machine)
         self.partition = OpteePartition(
             PARTITION,
