@@ -30,6 +30,7 @@ from ffa.abi.ids import (
     WAIT_RETAIN_RX,
     Call,
     Error,
+    Feature,
     FfaError,
     Function,
     Property,
@@ -200,7 +201,18 @@ class Manager:
     # -- the interface
 
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
-        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers."""
+        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers.
+
+        The answer is what x0 to x17 hold then: x8 and on are the caller's own (SMCCC), but for functions that use them.
+        """
+        kept = frame[8:]
+        if kept == _NOTHING:
+            return self._answer(caller, frame, vcpu)
+        answer = self._answer(caller, frame if frame.fid in _WIDE else Frame(*frame[:8]), vcpu)
+        wide = answer.fid == _RESP2 or (answer.ok and frame.fid == _REGS)
+        return answer if wide else Frame(*answer[:8], *kept)
+
+    def _answer(self, caller: int, frame: Frame, vcpu: int) -> Frame:
         who = self.served.get(caller)
         found = BY_FID.get(frame.fid)
         if who is None or found is None:
@@ -266,6 +278,8 @@ class Manager:
         return self._handler(who, function, smc64) is not None
 
     def _interrupt(self, who: Served, feature: int) -> int | None:
+        if who.kind is Kind.OS and feature == Feature.NOTIFICATION_PENDING:
+            return None  # it is for virtual instances: an operating system on hardware is told by the other one
         known = {int(f): number for f, number in self.profile.interrupts.items()}
         return known.get(feature)
 
@@ -355,15 +369,15 @@ class Manager:
         return Frame.success()
 
     def check_buffers(self, owner: int, tx: int, rx: int, count: int) -> Mailbox:
-        """A mailbox in memory that is ``owner``'s alone. Raises FfaError: INVALID_PARAMETERS."""
+        """A mailbox in memory that is ``owner``'s alone. Raises FfaError: DENIED, it is not; INVALID_PARAMETERS."""
         if (tx | rx) % PAGE_SIZE or (tx < rx + count * PAGE_SIZE and rx < tx + count * PAGE_SIZE):
             raise FfaError(_INVALID, "buffers that overlap or are not page-aligned")
         regions = self.machine.regions_of([(tx, count), (rx, count)])
         if None in regions or any(r is not None and r.device for r in regions):
-            raise FfaError(_INVALID, "buffers outside memory")
+            raise FfaError(_DENIED, "buffers outside memory")
         box = Mailbox(self.machine, tx, rx, count * PAGE_SIZE)
         if self.machine.states_of(box.pages) != {exclusive(owner)}:
-            raise FfaError(_INVALID, "buffers that are not the caller's alone")
+            raise FfaError(_DENIED, "buffers that are not the caller's alone")
         return box
 
     def rxtx_unmap(self, who: Served, x: Frame, vcpu: int) -> Frame:
@@ -449,6 +463,9 @@ class Manager:
             if answer[1] & MASK32 == (request[1] & 0xFFFF) << 16 | request[1] >> 16 & 0xFFFF:
                 del to.requests[vcpu]
                 to.step(vcpu, ContextEvent.RESPOND)
+                if function == _RESP2:
+                    return answer
+                answer = answer if answer[8:] == _NOTHING else Frame(*answer[:8])
                 return answer if function & SMC64_BIT else answer.narrow
         to.requests.pop(vcpu, None)
         to.step(vcpu, ContextEvent.RESPOND)
@@ -762,12 +779,12 @@ class Manager:
             raise FfaError(_INVALID, "the request's length is not that of its receivers")
         described = self.describe_all(who, request, box.size)
         if described is not None:
-            self.deliver(who, described)
+            self.deliver(who, described[: box.size])
             self.consumed(who, size, address)
-            return Frame.of(Call.MEM_RETRIEVE_RESP, len(described), len(described))
+            return Frame.of(Call.MEM_RETRIEVE_RESP, len(described), min(box.size, len(described)))
         actor = self.actor(who, [r.endpoint for r in request.receivers])
         region = self.transactions.look_at_retrieve(actor, request)
-        answer = self.transactions.describe(region, _asked(request, actor), who.version)
+        answer = self.transactions.describe(region, _asked(request, actor), who.version, request.attributes)
         self.claim_rx(who)
         part = self.transactions.retrieve(region, actor, request, answer, box.size)
         box.deliver(part)
@@ -849,6 +866,11 @@ class Manager:
         if x[3] & MASK32 not in _PERMS:
             raise FfaError(_INVALID)
         who.pages.update(dict.fromkeys(pages, x[3] & MASK32))
+        read_only = self.transactions.read_only.setdefault(who.id, set())
+        if x[3] & MASK32 == _PERM_RW:
+            read_only.difference_update(pages)
+        else:
+            read_only.update(pages)
         return Frame.success()
 
     # -- others
@@ -870,6 +892,10 @@ class Manager:
         return Frame.success()
 
 
+_NOTHING = (0,) * 10
+_RESP2, _REGS = fid(Call.MSG_SEND_DIRECT_RESP2), fid(Call.PARTITION_INFO_GET_REGS)
+_WIDE = frozenset({fid(Call.MSG_SEND_DIRECT_REQ2), _RESP2, _REGS, fid(Call.CONSOLE_LOG, True)})
+"""Functions whose x8 to x17 are arguments."""
 _INTERRUPT, _YIELD, _WAIT = fid(Call.INTERRUPT), fid(Call.YIELD), fid(Call.MSG_WAIT)
 _SEND_OF = {
     Property.DIRECT_REQ_RECV: Property.DIRECT_REQ_SEND,
