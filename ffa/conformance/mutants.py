@@ -74,6 +74,20 @@ _TABLES: dict[str, tuple[checks.Check[Any], ...]] = {
 }
 
 
+def _last(table: str, at: int) -> Change:
+    return _table(table, lambda rows: (*rows[:at], *rows[at + 1 :], rows[at]))
+
+
+def _of_order() -> Iterator[Mutant]:
+    """Of sending, each check that is done last, if one behind it has another code: the order is Xen's."""
+    for table in ("send", "ranges"):
+        rows = _TABLES[table]
+        for at, check in enumerate(rows):
+            if {check.code} != {later.code for later in rows[at:]} and (table, check.name) not in NO_ORDER:
+                what = f"{check.name!r} is looked at last of the table of {table}"
+                yield Mutant(f"{table}-{at}-last", what, _last(table, at))
+
+
 def _of_tables() -> Iterator[Mutant]:
     for table, rows in _TABLES.items():
         for at, check in enumerate(rows):
@@ -102,6 +116,24 @@ NOT_SEEN = {
 limits of our own, which FF-A leaves to each implementation."""
 NO_OWN_CODE = {*_PARSED, ("retrieve", "the request does not name the caller")}
 """Checks whose code is never used: what they look at raises one."""
+
+
+NO_ORDER = {
+    *_PARSED,
+    ("send", "reserved attributes are set"),
+    ("send", "attributes are named that the receiver is to name"),
+    ("send", "more than one receiver of a donation"),
+    ("send", "more receivers than are supported"),
+    ("send", "a handle is given"),
+    ("send", "shared memory is to be cleared"),
+    ("send", "flags that a sender must not set"),
+    ("send", "the composite descriptor does not fit, or receivers name different ones"),
+    ("send", "no pages, or no ranges"),
+    ("ranges", "a range without memory"),
+    ("ranges", "a page named twice"),
+}
+"""Checks of sending that Xen does not have, or that no fault with another code can come with: FF-A leaves the order of
+these to each implementation."""
 
 
 # -- named ones
@@ -169,6 +201,11 @@ def _direct(change: Callable[[Frame], Frame]) -> Change:
 
 def _succeeds(call: Call, instead_of: Error) -> Change:
     return _outside(lambda m, c, f, a: Frame.success() if f.fid == fid(call) and a.error is instead_of else a)
+
+
+def _not_kept(frame: Frame, answer: Frame) -> Frame:
+    """Without the caller's x8 to x17, where these are what the answer has there."""
+    return Frame(*answer[:8]) if answer[8:] == frame[8:] else answer
 
 
 def _target_of_success(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
@@ -404,6 +441,69 @@ def _speaks_for_all(model: Model) -> None:
         manager.speaks_for = manager.transactions.speaks_for = lambda caller, sender: True
 
 
+_NEW_IN_1_3 = (0xC400_008F, 0x8400_008F)
+
+
+def _of_1_3(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    """FFA_NS_RES_INFO_GET, called or asked for."""
+    return Frame.success() if frame.fid in _NEW_IN_1_3 or frame[1] in _NEW_IN_1_3 else answer
+
+
+def _longer_than_tx(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    """As Xen's mediator: the jump to the exit sets no code."""
+    sends = frame.fid in {fid(call, form) for call in _SENDS for form in (False, True)}
+    return Frame.success() if sends and not frame[3] and frame[1] == frame[2] > 4096 else answer
+
+
+def _never_executable(original: Any, transactions: Transactions, region: Any, endpoint: int, access: Access) -> None:
+    original(region, endpoint, access & ~Access.X)
+
+
+def _rest_dropped(model: Model) -> None:
+    """A description for a hypervisor has one fragment."""
+    original = model.spmc.describe_all
+
+    def cut(who: Any, request: Any, size: int) -> bytes | None:
+        found = original(who, request, size)
+        return None if found is None else found[:size]
+
+    model.spmc.describe_all = cut  # type: ignore[method-assign]
+
+
+def _described_without_type(model: Model) -> None:
+    original = model.spmc.describe_all
+
+    def untyped(who: Any, request: Any, size: int) -> bytes | None:
+        found = original(who, request, size)
+        return None if found is None else found[:4] + bytes([found[4] & ~0x18]) + found[5:]
+
+    model.spmc.describe_all = untyped  # type: ignore[method-assign]
+
+
+def _registers_reach_receivers(model: Model) -> None:
+    """A direct request brings the sender's x8 to x17 along."""
+    caller_has: list[int] = [0] * 10
+    original = model.call
+
+    def call(caller: int, frame: Frame, vcpu: int = 0) -> Frame:
+        if frame.fid in _REQUESTS:
+            caller_has[:] = frame[8:]
+        return original(caller, frame, vcpu)
+
+    model.call = call  # type: ignore[method-assign]
+    for manager in _managers(model):
+        for served in manager.served.values():
+            receive = served.endpoint.receive
+
+            def received(frame: Frame, vcpu: int, receive: Any = receive) -> Any:
+                return receive(Frame(*frame[:8], *caller_has) if frame.fid in _REQUESTS else frame, vcpu)
+
+            served.endpoint.receive = received
+
+
+_REQUESTS = {fid(Call.MSG_SEND_DIRECT_REQ, form) for form in (False, True)}
+
+
 NAMED = tuple(
     Mutant(name, defect, change)
     for name, defect, change in (
@@ -502,6 +602,17 @@ NAMED = tuple(
             _instead((Call.MSG_POLL,), Error.NO_DATA, Error.RETRY),
         ),
         (
+            "success-longer-than-tx",
+            "a descriptor longer than TX is a success with handle 0, as in Xen's mediator",
+            _outside(_longer_than_tx),
+        ),
+        ("x8-lost", "answers do not preserve x8 to x17", _outside(lambda m, c, f, a: _not_kept(f, a))),
+        ("x8-leaks", "the receiver of a direct request sees the sender's x8 to x17", _registers_reach_receivers),
+        ("never-executable", "memory is never mapped executable", _wrap_transactions("_grant", _never_executable)),
+        ("description-cut", "a hypervisor is told the first fragment alone of what was sent", _rest_dropped),
+        ("description-untyped", "a hypervisor is not told the type of what was sent", _described_without_type),
+        ("functions-of-1.3", "FFA_NS_RES_INFO_GET, of 1.3, is answered in a system of 1.2", _outside(_of_1_3)),
+        (
             "message-busy-lost",
             "an indirect message for a full RX is DENIED",
             _instead((Call.MSG_SEND, Call.MSG_SEND2), _DENIED, Error.BUSY),
@@ -510,4 +621,4 @@ NAMED = tuple(
 )
 """Defects that real implementations had, or could have."""
 
-MUTANTS = (*_of_tables(), *NAMED)
+MUTANTS = (*_of_tables(), *_of_order(), *NAMED)

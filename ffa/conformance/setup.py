@@ -189,10 +189,11 @@ def ffa_rxtx_map_and_unmap(t: Run) -> None:
             ("one buffer for both", base, base, 1),
             ("buffers that overlap", base, base + 0x1000, 2),
             ("no pages", base, base + 0x1000, 0),
-            ("no memory", UNBACKED, UNBACKED + 0x1000, 1),
         ):
             answer = t.call(id, Call.RXTX_MAP, tx, rx, pages, smc64=True)
             t.fails(answer, Error.INVALID_PARAMETERS, what)
+        nowhere = t.call(id, Call.RXTX_MAP, UNBACKED, UNBACKED + 0x1000, 1, smc64=True)
+        t.fails(nowhere, Error.DENIED, "no memory", Error.INVALID_PARAMETERS)
         t.ok(t.call(id, Call.RXTX_MAP, base, base + PAGE_SIZE, 1, smc64=False), "maps by SMC32")
         again = t.call(id, Call.RXTX_MAP, base + 0x2000, base + 0x3000, 1, smc64=True)
         t.fails(again, Error.DENIED, "maps twice")
