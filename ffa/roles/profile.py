@@ -51,6 +51,7 @@ OPTEE_4_10 = Profile(
     interrupts={Feature.SCHEDULE_RECEIVER: 8, Feature.MANAGED_EXIT: 0},
     version_change=True,
     tells_buffer_limit=False,
+    max_regions=64,
     per_vcpu=False,
     info_once=False,
     owner_checks=False,
