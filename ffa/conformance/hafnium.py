@@ -27,7 +27,7 @@ from ffa.abi.ids import (
 )
 from ffa.abi.transactions import AddressRange
 from ffa.conformance.bench import DEVICE, EL0, SPS
-from ffa.conformance.memory_retrieve import bypass
+from ffa.conformance.memory_retrieve import bypass, read_only_page
 from ffa.conformance.memory_send import DENIED, DONATE, ENTRY, HEADER, INVALID, LEND, RANGES, SENDS, SHARE
 from ffa.conformance.memory_states import relinquish_state_machine_3, relinquish_state_machine_4, third
 from ffa.conformance.registry import HAFNIUM, case, register
@@ -612,18 +612,11 @@ register(HAFNIUM, "lend_zero_memory_after_relinquish", relinquish_state_machine_
 register(HAFNIUM, "lend_zero_memory_after_relinquish_multiple_borrowers", relinquish_state_machine_4)
 
 
-def _read_only_page(t: Run, value: int) -> list[AddressRange]:
-    """A page that a partition at S-EL0 has made read-only for itself."""
-    ranges = t.fresh(EL0)
-    t.ok(t.call(EL0, Call.MEM_PERM_SET, ranges[0][0], 1, value), "a partition makes a page read-only")
-    return ranges
-
-
 @case(HAFNIUM)
 def cannot_zero_ro_memory_on_lend_or_donate(t: Run) -> None:
     for call in (LEND, DONATE):
         for value in (7, 3):
-            ranges = _read_only_page(t, value)
+            ranges = read_only_page(t, value)
             wrong = t.transaction(call, EL0, SPS[0], flags=FLAG_CLEAR)
             t.fails(t.send(call, wrong, ranges), DENIED, f"FFA_{call.name} that clears what its owner cannot write")
             t.unchanged(EL0, ranges, "read-only memory, to be cleared")
@@ -635,7 +628,7 @@ def cannot_zero_ro_memory_on_lend_or_donate(t: Run) -> None:
 @case(HAFNIUM)
 def cannot_zero_ro_memory_on_retrieve(t: Run) -> None:
     for value in (7, 3):
-        sent = _sent(t, LEND, EL0, SPS[0], ranges=_read_only_page(t, value), permissions=Data.RO)
+        sent = _sent(t, LEND, EL0, SPS[0], ranges=read_only_page(t, value), permissions=Data.RO)
         for flags in (FLAG_CLEAR, FLAG_CLEAR_ON_RELINQUISH):
             request = t.request(sent, SPS[0], flags=flags)
             t.fails(t.retrieve(request, SPS[0]), DENIED, f"what its owner cannot write is to be cleared, flags {flags}")

@@ -211,9 +211,18 @@ def _lengths(t: Run, call: Call) -> None:
 
 
 def _flags(t: Run, call: Call) -> None:
+    """Flags that there are not, and memory to be cleared that its owner can only read."""
     for sender, receiver in PAIRS:
         for flags in (4, 8, 0x18, 0x20, 0x200, 0x400, 1 << 31):
             _refuses(t, call, sender, receiver, INVALID, f"flags {flags:#x}", flags=flags)
+    ranges, named = t.fresh(EL0), {"permissions": 1} if call is LEND else {}
+    t.ok(t.call(EL0, Call.MEM_PERM_SET, ranges[0][0], 1, 7), "a partition makes a page read-only for itself")
+    wrong = t.transaction(call, EL0, SPS[0], flags=FLAG_CLEAR, **named)
+    t.fails(t.send(call, wrong, ranges), DENIED, "its owner cannot write what is to be cleared")
+    right = t.transaction(call, EL0, SPS[0], **named)
+    sent = t.begun(t.send(call, right, ranges), call, right, ranges)
+    t.fails(t.reclaim(sent, FLAG_CLEAR), DENIED, "nor what is to be cleared when it is reclaimed")
+    t.ok(t.reclaim(sent), "reclaims")
 
 
 def _second_receiver(t: Run, call: Call) -> None:

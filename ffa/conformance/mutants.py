@@ -425,9 +425,10 @@ def _ids_not_swapped(answer: Frame) -> Frame:
     return _set(answer, x1=(answer[1] & 0xFFFF) << 16 | answer[1] >> 16 & 0xFFFF)
 
 
-def _anybody_maps(original: Any, manager: Any, owner: int, tx: int, rx: int, count: int) -> Any:
+def _anybody_maps(original: Any, manager: Any, who: Any, tx: int, rx: int, count: int) -> Any:
     page = manager.machine.state(tx // 4096)
-    return original(page.owner if page is not None else owner, tx, rx, count)
+    found = None if page is None else manager.served.get(page.owner)
+    return original(found or who, tx, rx, count)
 
 
 def _never_busy(original: Any, manager: Any, who: Any) -> bool:
@@ -447,6 +448,14 @@ _NEW_IN_1_3 = (0xC400_008F, 0x8400_008F)
 def _of_1_3(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
     """FFA_NS_RES_INFO_GET, called or asked for."""
     return Frame.success() if frame.fid in _NEW_IN_1_3 or frame[1] in _NEW_IN_1_3 else answer
+
+
+def _waits_anyway(original: Any, manager: Any, who: Any, x: Frame, vcpu: int) -> Any:
+    asked, who.requests = who.requests, {}
+    try:
+        return original(who, x, vcpu)
+    finally:
+        who.requests = asked
 
 
 def _longer_than_tx(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
@@ -606,6 +615,13 @@ NAMED = tuple(
             "a descriptor longer than TX is a success with handle 0, as in Xen's mediator",
             _outside(_longer_than_tx),
         ),
+        (
+            "destroys-nothing",
+            "destroying a bitmap that is not there is INVALID_PARAMETERS",
+            _instead((Call.NOTIFICATION_BITMAP_DESTROY,), _INVALID, _DENIED),
+        ),
+        ("interrupts-for-all", "FFA_FEATURES tells whoever asks of every interrupt", _profile(any_interrupt=True)),
+        ("waits-in-request", "who is asked may wait for another message", _wrap("msg_wait", _waits_anyway)),
         ("x8-lost", "answers do not preserve x8 to x17", _outside(lambda m, c, f, a: _not_kept(f, a))),
         ("x8-leaks", "the receiver of a direct request sees the sender's x8 to x17", _registers_reach_receivers),
         ("never-executable", "memory is never mapped executable", _wrap_transactions("_grant", _never_executable)),

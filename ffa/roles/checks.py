@@ -329,6 +329,11 @@ def _instruction(r: Retrieving) -> bool:
     return False
 
 
+def _device_executed(r: Retrieving) -> bool:
+    device = (r.request.attributes or r.region.descriptor.attributes) & ATTRIBUTES_TYPE_MASK == ATTRIBUTES_DEVICE
+    return device and any(asked.permissions >> 2 == Instruction.X for asked in r.request.receivers)
+
+
 def _clears(r: Retrieving) -> bool:
     return bool(r.request.flags & (FLAG_CLEAR | FLAG_CLEAR_ON_RELINQUISH))
 
@@ -382,6 +387,7 @@ RETRIEVE: tuple[Check[Retrieving], ...] = (
     ),
     Check("the request does not name the caller", _INVALID, lambda r: r.mine() is None),
     Check("more data access than was given", _DENIED, _data),
+    Check("device memory is to be executed", _DENIED, _device_executed),
     Check("instruction access that is not the receiver's to name, or is missing", _INVALID, _instruction),
     Check("read-only memory is to be cleared", _DENIED, lambda r: _clears(r) and _read_only(r)),
     Check("other implementation-defined words", _INVALID, _impdef),
@@ -442,6 +448,10 @@ class Reclaiming:
     region: Region
 
 
+def _reclaims_read_only(r: Reclaiming) -> bool:
+    return bool(r.flags & FLAG_CLEAR) and r.transactions.cannot_write(r.region.descriptor.sender, r.region.pages)
+
+
 RECLAIM: tuple[Check[Reclaiming], ...] = (
     Check(
         "the caller is not the sender",
@@ -450,6 +460,7 @@ RECLAIM: tuple[Check[Reclaiming], ...] = (
     ),
     Check("reserved flags are set", _INVALID, lambda r: bool(r.flags & ~(FLAG_CLEAR | FLAG_TIME_SLICE))),
     Check("not sent to the end", _INVALID, lambda r: not r.region.complete),
+    Check("memory is to be cleared that its owner cannot write", _DENIED, _reclaims_read_only),
     Check(
         "a borrower has it",
         _DENIED,

@@ -130,7 +130,7 @@ HANDLERS: dict[Call, Handler] = {
     Call.MSG_SEND2: Handler(_ALL, "msg_send2"),
     Call.MSG_WAIT: Handler(_VM | _SP, "msg_wait"),
     Call.YIELD: Handler(_VM | _SP, "yielded"),
-    Call.RUN: Handler(_VM | _OS, "run"),
+    Call.RUN: Handler(_ALL, "run"),
     Call.NOTIFICATION_BITMAP_CREATE: Handler(_OS, "bitmap_create", 3),
     Call.NOTIFICATION_BITMAP_DESTROY: Handler(_OS, "bitmap_destroy", 3),
     Call.NOTIFICATION_BIND: Handler(_ALL, "bind", 5),
@@ -278,9 +278,10 @@ class Manager:
         return self._handler(who, function, smc64) is not None
 
     def _interrupt(self, who: Served, feature: int) -> int | None:
-        if who.kind is Kind.OS and feature == Feature.NOTIFICATION_PENDING:
-            return None  # it is for virtual instances: an operating system on hardware is told by the other one
         known = {int(f): number for f, number in self.profile.interrupts.items()}
+        told = self.profile.any_interrupt or feature in _INTERRUPTS_OF[who.kind]
+        if who.endpoint.el0 or not told:
+            return None
         return known.get(feature)
 
     def _features_rxtx(self, who: Served, asked: int) -> tuple[int, ...]:
@@ -363,21 +364,26 @@ class Manager:
             raise FfaError(_INVALID)
         if who.mailbox is not None:
             raise FfaError(_DENIED, "buffers are mapped already")
-        box = self.check_buffers(who.id, x[1], x[2], count)
+        box = self.check_buffers(who, x[1], x[2], count)
         who.mailbox = box
         self.machine.set_state(box.pages, buffer_of(who.id))
         return Frame.success()
 
-    def check_buffers(self, owner: int, tx: int, rx: int, count: int) -> Mailbox:
-        """A mailbox in memory that is ``owner``'s alone. Raises FfaError: DENIED, it is not; INVALID_PARAMETERS."""
+    def check_buffers(self, who: Served, tx: int, rx: int, count: int) -> Mailbox:
+        """A mailbox in memory that is ``who``'s alone.
+
+        Raises FfaError: INVALID_PARAMETERS; for memory that is not its own DENIED, on hardware (tf-a-tests), and
+        INVALID_PARAMETERS at a virtual instance (ACS).
+        """
+        not_its_own = _DENIED if who.kind is Kind.OS else _INVALID
         if (tx | rx) % PAGE_SIZE or (tx < rx + count * PAGE_SIZE and rx < tx + count * PAGE_SIZE):
             raise FfaError(_INVALID, "buffers that overlap or are not page-aligned")
         regions = self.machine.regions_of([(tx, count), (rx, count)])
         if None in regions or any(r is not None and r.device for r in regions):
-            raise FfaError(_DENIED, "buffers outside memory")
+            raise FfaError(not_its_own, "buffers outside memory")
         box = Mailbox(self.machine, tx, rx, count * PAGE_SIZE)
-        if self.machine.states_of(box.pages) != {exclusive(owner)}:
-            raise FfaError(_DENIED, "buffers that are not the caller's alone")
+        if self.machine.states_of(box.pages) != {exclusive(who.id)}:
+            raise FfaError(not_its_own, "buffers that are not the caller's alone")
         return box
 
     def rxtx_unmap(self, who: Served, x: Frame, vcpu: int) -> Frame:
@@ -480,6 +486,8 @@ class Manager:
     def run(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """FFA_RUN: resumes a preempted context, or lets a waiting one look for work. Target in w1: id, vCPU."""
         target, index = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
+        if who.kind is Kind.SP:
+            raise FfaError(_DENIED, "the normal world schedules partitions")
         to = self.served.get(target)
         if to is None or to.kind is not self.kind or target == who.id or index >= len(to.contexts):
             raise FfaError(_INVALID)
@@ -555,6 +563,8 @@ class Manager:
         that is there is the answer; else only an interrupt ends the wait."""
         if any(x[1:2] + x[3:8]) or x[2] & ~WAIT_RETAIN_RX or (x[2] and who.version < VERSION_1_2):
             raise FfaError(_INVALID)
+        if vcpu in who.requests:
+            raise FfaError(_DENIED, "a direct request is not answered yet")
         if who.message is not None:
             return self.msg_poll(who, x, vcpu)
         if not x[2] and who.mailbox is not None and who.mailbox.state is not Rx.EMPTY:
@@ -892,6 +902,12 @@ class Manager:
         return Frame.success()
 
 
+_INTERRUPTS_OF: dict[Kind, frozenset[int]] = {
+    Kind.VM: frozenset({Feature.NOTIFICATION_PENDING, Feature.SCHEDULE_RECEIVER}),
+    Kind.OS: frozenset({Feature.SCHEDULE_RECEIVER}),
+    Kind.SP: frozenset({Feature.NOTIFICATION_PENDING, Feature.MANAGED_EXIT}),
+}
+"""Interrupts that FFA_FEATURES tells of. Partitions at S-EL0 take none."""
 _NOTHING = (0,) * 10
 _RESP2, _REGS = fid(Call.MSG_SEND_DIRECT_RESP2), fid(Call.PARTITION_INFO_GET_REGS)
 _WIDE = frozenset({fid(Call.MSG_SEND_DIRECT_REQ2), _RESP2, _REGS, fid(Call.CONSOLE_LOG, True)})

@@ -261,8 +261,10 @@ class Spmc(Manager):
         """FFA_NOTIFICATION_BITMAP_DESTROY: VM in w1."""
         vm = x[1]
         found = self.vms.get(vm)
-        if not self._names_vm(vm) or found is None or x[2]:
+        if not self._names_vm(vm) or x[2]:
             raise FfaError(Error.INVALID_PARAMETERS)
+        if found is None:
+            raise FfaError(Error.DENIED, "no bitmap was created")
         if found.from_sp.bound or found.from_sp.any_pending or found.framework:
             raise FfaError(Error.DENIED, "notifications are bound or pending")
         del self.vms[vm]

@@ -26,7 +26,8 @@ def command(*arguments: str) -> Result:
 
 
 @pytest.mark.feature(
-    "FF-A: all 35 tests of Arm's ACS list for Xen and Linux pass, and the other lists do (`ffa conformance`)"
+    "FF-A: all 35 tests of Arm's ACS list for Xen and Linux pass, its other lists, Hafnium's memory sharing, "
+    "tf-a-tests' setup and memory sharing (`ffa conformance`)"
 )
 @pytest.mark.parametrize("case", WITH_BODY, ids=lambda case: case.id)
 def test_no_case_fails(case: Case) -> None:

@@ -157,9 +157,9 @@ def test_partition_information_needs_buffers() -> None:
         (0x4000_0000, 0x4000_1000, 2, Error.INVALID_PARAMETERS),  # overlapping
         (0x4000_0000, 0x4000_1000, 0, Error.INVALID_PARAMETERS),
         (0x4000_0000, 0x4020_0000, 64, Error.INVALID_PARAMETERS),  # more than the field holds
-        (0x4000_0000, 0x4003_F000, 2, Error.DENIED),  # beyond its memory
-        (0x4000_0000, 0x9000_0000, 1, Error.DENIED),  # no memory
-        (0x4000_0000, (1 << 64) - 0x1000, 1, Error.DENIED),
+        (0x4000_0000, 0x4003_F000, 2, Error.INVALID_PARAMETERS),  # beyond its memory
+        (0x4000_0000, 0x9000_0000, 1, Error.INVALID_PARAMETERS),  # no memory
+        (0x4000_0000, (1 << 64) - 0x1000, 1, Error.INVALID_PARAMETERS),
     ],
 )
 def test_buffers_that_cannot_be_mapped(tx: int, rx: int, pages: int, code: Error) -> None:
@@ -182,9 +182,9 @@ def test_buffers_of_another_are_not_mapped(bench: Bench) -> None:
     vm = bench.vms[1]
     assert vm.call(Call.RXTX_UNMAP).ok
     other = bench.memory(2) + 0x10_0000
-    assert vm.call(Call.RXTX_MAP, other, other + 0x1000, 1, smc64=True).error is Error.DENIED
+    assert vm.call(Call.RXTX_MAP, other, other + 0x1000, 1, smc64=True).error is Error.INVALID_PARAMETERS
     secure = bench.memory(0x8001) + 0x10_0000
-    assert vm.call(Call.RXTX_MAP, secure, secure + 0x1000, 1, smc64=True).error is Error.DENIED
+    assert vm.call(Call.RXTX_MAP, secure, secure + 0x1000, 1, smc64=True).error is Error.INVALID_PARAMETERS
 
 
 def test_rx_is_released_by_who_has_it(bench: Bench) -> None:
