@@ -243,6 +243,8 @@ def share_retrieve_input_checks(t: Run) -> None:
         for flags in (FLAG_CLEAR, FLAG_CLEAR_ON_RELINQUISH, FLAG_CLEAR | FLAG_CLEAR_ON_RELINQUISH):
             request = t.request(sent, receiver, flags=flags)
             t.fails(t.retrieve(request, receiver), INVALID, f"shared memory is to be cleared, flags {flags}")
+        other = t.request(sent, receiver, attributes=0x27)
+        t.fails(t.retrieve(other, receiver), DENIED, "retrieved as non-cacheable memory")
         _finish(t, sent, receiver)
     _executes(t, SHARE)
     _parties(t, SHARE)

@@ -53,6 +53,9 @@ def _whole(t: Run, call: Call) -> None:
             t.equal(entry.permissions, 2 | Instruction.NX << 2, "read and write, never executed")
             if call is not DONATE:
                 t.fails(t.reclaim(sent), DENIED, "the sender reclaims what is retrieved")
+                for again in SENDS.values():
+                    onward = t.transaction(again, receiver, SPS[2] if is_secure(receiver) else 3)
+                    t.fails(t.send(again, onward, sent.ranges), DENIED, f"the borrower's FFA_{again.name}")
                 t.end(sent, receiver)
                 continue
             t.alone(sent, receiver)

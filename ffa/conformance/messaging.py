@@ -18,6 +18,20 @@ REQ, REQ2, RESP, RESP2 = (
 )
 
 
+def _does_not_wait(t: Run, server: Server, request: Frame) -> None:
+    """Who works on a request cannot wait for the next before it has answered."""
+    found: list[Frame] = []
+
+    def waits(frame: Frame) -> Frame:
+        found.append(server.call(Call.MSG_WAIT))
+        return respond(frame, 8)
+
+    server.answers.append(waits)
+    answer = t.endpoint(request[1] >> 16).send(request)
+    t.equal(answer, respond(request, 8), f"{server.id:#x} answers")
+    t.fails(found[0], Error.DENIED, "before that, it waits for another message")
+
+
 def _direct(t: Run, smc64: bool) -> None:
     for sender, receiver in (*PAIRS, (5, SPS[0]), (4, 2)):
         words = tuple((0xA5A5_0000_0000 if smc64 else 0) + n for n in range(1, 6))
@@ -39,15 +53,7 @@ def _direct(t: Run, smc64: bool) -> None:
         ):
             t.fails(t.call(sender, REQ, w1, w2, smc64=smc64), Error.INVALID_PARAMETERS, what)
         t.equal(len(server.asked), asked, "none of these reaches the receiver")
-        found: list[Frame] = []
-
-        def waits(frame: Frame, server: Server = server, found: list[Frame] = found) -> Frame:
-            found.append(server.call(Call.MSG_WAIT))
-            return respond(frame, 8)
-
-        server.answers.append(waits)
-        t.equal(t.endpoint(sender).send(request)[3], 8, "the receiver answers")
-        t.fails(found[0], Error.DENIED, "before that, it waits for another message")
+        _does_not_wait(t, server, request)
 
 
 @case(DIRECT)
@@ -74,6 +80,7 @@ def ffa_direct_message2(t: Run) -> None:
             answer = t.call(sender, REQ2, sender << 16 | receiver, *service, *words)
             t.equal(server.asked[-1][4:], words, "x4 to x17 reach the receiver")
             t.equal(answer, reply, "and come back")
+        _does_not_wait(t, server, Frame.of(REQ2, sender << 16 | receiver, *uuid, *words))
         other = messages.uuid_to_halves(UUID(int=0xBAD))
         t.fails(
             t.call(sender, REQ2, sender << 16 | receiver, *other), Error.INVALID_PARAMETERS, "no such service there"

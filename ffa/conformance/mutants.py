@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ffa.abi.frame import Frame
-from ffa.abi.ids import ATTRIBUTE_NS, Call, Error, fid
+from ffa.abi.ids import ATTRIBUTE_NS, SPMD_ID, VERSION_1_1, VERSION_1_2, Call, Error, fid, is_secure
+from ffa.abi.messages import NIL
 from ffa.conformance import runner
 from ffa.conformance.bench import Bench, Model
 from ffa.conformance.registry import Case
 from ffa.roles import checks
+from ffa.roles.endpoint import DEFAULT_PROPERTIES, respond
 from ffa.roles.machine import Access
 from ffa.roles.transactions import Checks, Transactions
 
@@ -450,6 +452,67 @@ def _of_1_3(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
     return Frame.success() if frame.fid in _NEW_IN_1_3 or frame[1] in _NEW_IN_1_3 else answer
 
 
+def _read_as(change: Callable[[bytearray, int], None]) -> Change:
+    """Descriptors are read differently from how they are written: ``change(descriptor, its version)``."""
+
+    def around(original: Any, manager: Any, who: Any, *where: int) -> bytes:
+        blob = bytearray(original(who, *where))
+        if len(blob) >= 80:
+            change(blob, who.version)
+        return bytes(blob)
+
+    return _wrap("descriptor", around)
+
+
+def _entry_zeroed(blob: bytearray, version: int) -> None:
+    at = 32 if version < VERSION_1_1 else 48
+    blob[at + 8 : at + 16] = bytes(8)
+
+
+def _count_cut(blob: bytearray, version: int) -> None:
+    blob[29:32] = bytes(3)
+
+
+def _address_rounded(blob: bytearray, version: int) -> None:
+    for at in range(96, len(blob) - 15, 16):
+        blob[at : at + 8] = (int.from_bytes(blob[at : at + 8], "little") & ~0xFFF).to_bytes(8, "little")
+
+
+def _everybody_talks(model: Model) -> None:
+    for manager in _managers(model):
+        for served in manager.served.values():
+            served.endpoint.properties = sum(DEFAULT_PROPERTIES)
+
+
+def _partitions_ask_vms(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    asks = frame.fid in _REQUESTS and is_secure(caller) and not is_secure(frame[1] & 0xFFFF)
+    return respond(frame) if asks and answer.error is not None else answer
+
+
+def _one_cpu(model: Model) -> None:
+    original = model.call
+    model.call = lambda caller, frame, vcpu=0: original(caller, frame, 0)  # type: ignore[method-assign]
+
+
+def _largest_granule(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    asked = frame.fid == fid(Call.FEATURES) and frame[1] == fid(Call.RXTX_MAP, True)
+    return _set(answer, x2=answer[2] | 1) if asked and answer.ok else answer
+
+
+def _any_version(version: int | None) -> Change:
+    """FFA_VERSION's answer is this one; None: 1.2, whatever was asked for."""
+    return _outside(
+        lambda m, c, f, a: (
+            Frame(version or VERSION_1_2) if f.fid == fid(Call.VERSION) and (version is None or not a[0] >> 31) else a
+        )
+    )
+
+
+def _one_forwarded(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    forwards = frame.fid == fid(Call.RXTX_MAP, True) and not any(frame[1:4])
+    return Frame.failure(Error.NO_MEMORY) if forwards and len(model.spmc.vm_buffers) > 1 else answer
+
+
 def _waits_anyway(original: Any, manager: Any, who: Any, x: Frame, vcpu: int) -> Any:
     asked, who.requests = who.requests, {}
     try:
@@ -622,6 +685,59 @@ NAMED = tuple(
         ),
         ("interrupts-for-all", "FFA_FEATURES tells whoever asks of every interrupt", _profile(any_interrupt=True)),
         ("waits-in-request", "who is asked may wait for another message", _wrap("msg_wait", _waits_anyway)),
+        (
+            "permissions-unset",
+            "FFA_MEM_PERM_SET succeeds and sets nothing",
+            _wrap("mem_perm_set", lambda o, m, *a: Frame.success()),
+        ),
+        ("reserved-of-receivers", "reserved bytes of a receiver are not looked at", _read_as(_entry_zeroed)),
+        ("count-cut", "the number of receivers is cut to eight bits", _read_as(_count_cut)),
+        ("addresses-rounded", "addresses are rounded down to pages", _read_as(_address_rounded)),
+        ("everybody-talks", "direct messages need no property of sender or receiver", _everybody_talks),
+        ("partitions-ask-vms", "a partition's direct request to a VM succeeds", _outside(_partitions_ask_vms)),
+        ("msg-send-denied", "bad FFA_MSG_SEND are DENIED", _instead((Call.MSG_SEND,), _DENIED, _INVALID)),
+        (
+            "any-service",
+            "an indirect message reaches whatever service the receiver has",
+            _wrap("pass_on", lambda o, m, who, message: o(who, replace(message, uuid=NIL))),
+        ),
+        (
+            "id-of-spmd",
+            "FFA_SPM_ID_GET tells SPMD's id",
+            _answers(Call.SPM_ID_GET, lambda a: Frame.success(SPMD_ID)),
+        ),
+        (
+            "registers-without-uuid",
+            "FFA_PARTITION_INFO_GET_REGS tells no UUID",
+            _answers(Call.PARTITION_INFO_GET_REGS, lambda a: _set(a, x4=0, x5=0)),
+        ),
+        (
+            "registers-without-contexts",
+            "FFA_PARTITION_INFO_GET_REGS tells no number of contexts",
+            _answers(Call.PARTITION_INFO_GET_REGS, lambda a: _set(a, x3=a[3] & ~0xFFFF_0000)),
+        ),
+        ("console-any-length", "FFA_CONSOLE_LOG of any length succeeds", _succeeds(Call.CONSOLE_LOG, _INVALID)),
+        ("one-context", "every request is for the first context", _one_cpu),
+        ("buffers-of-64k", "FFA_FEATURES tells of buffers of 64 KiB", _outside(_largest_granule)),
+        ("version-always-1.2", "FFA_VERSION answers 1.2 whatever it is asked for", _any_version(None)),
+        ("version-1.1", "FFA_VERSION answers 1.1", _any_version(VERSION_1_1)),
+        (
+            "unmaps-nothing",
+            "FFA_RXTX_UNMAP succeeds and unmaps nothing",
+            _wrap("rxtx_unmap", lambda o, m, *a: Frame.success()),
+        ),
+        (
+            "info-empty",
+            "what is put into RX is zeros",
+            _wrap("deliver", lambda o, m, who, data: o(who, bytes(len(data)))),
+        ),
+        (
+            "never-acquired",
+            "FFA_RX_ACQUIRE is DENIED",
+            _outside(lambda m, c, f, a: Frame.failure(_DENIED) if f.fid == fid(Call.RX_ACQUIRE) and a.ok else a),
+        ),
+        ("one-vm-forwarded", "the buffers of one VM alone can be forwarded", _outside(_one_forwarded)),
+        ("map-denied", "what cannot be mapped is DENIED", _instead((Call.RXTX_MAP,), _DENIED, _INVALID)),
         ("x8-lost", "answers do not preserve x8 to x17", _outside(lambda m, c, f, a: _not_kept(f, a))),
         ("x8-leaks", "the receiver of a direct request sees the sender's x8 to x17", _registers_reach_receivers),
         ("never-executable", "memory is never mapped executable", _wrap_transactions("_grant", _never_executable)),
