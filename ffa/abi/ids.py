@@ -214,6 +214,10 @@ HANDLE_HYPERVISOR_BIT = 1 << 63
 
 ATTRIBUTES_NORMAL = 0x2F
 """Normal memory, write-back cacheable, inner shareable."""
+ATTRIBUTES_DEVICE = 0x10
+"""Device memory, of the type nGnRnE: the least permissive."""
+ATTRIBUTES_TYPE_MASK, ATTRIBUTES_CACHE_MASK = 0x30, 0x0C
+"""Of memory attributes: the type (none, device, normal), and its cacheability or kind of device."""
 ATTRIBUTE_NS = 1 << 6
 
 FLAG_CLEAR = 1 << 0

@@ -253,6 +253,8 @@ class Hypervisor(Manager):
             if who.id != self.scheduler:
                 raise FfaError(Error.DENIED, "for the scheduler only")
             return super().run(who, x, vcpu)
+        if not any(p.id == target[0] and target[1] < p.contexts for p in self.partitions_below):
+            raise FfaError(_INVALID, "no such partition, or context of it")
         if self._preempted.get(target) != who.id and (target in self._preempted or who.id != self.scheduler):
             raise FfaError(Error.DENIED, "not interrupted in a request of the caller's")
         self._preempted.pop(target, None)

@@ -12,13 +12,15 @@ from construct import Int16ul, Int32ul, Struct
 
 from ffa.abi import messages
 from ffa.abi import transactions as abi
-from ffa.abi.frame import MASK32, Frame
+from ffa.abi.frame import MASK32, Frame, pair
 from ffa.abi.ids import (
     DIRECT_FRAMEWORK_BIT,
+    FLAG_TYPE_SHIFT,
     HYPERVISOR_ID,
     PAGE_SIZE,
     RX_FULL,
     SPMC_ID,
+    TRANSACTION_TYPES,
     Call,
     Error,
     FfaError,
@@ -75,6 +77,7 @@ class Spmc(Manager):
         self.stacked = False  #: endpoint 0 is a hypervisor, and speaks for its VMs
         self.vms: dict[int, Served] = {}  #: normal-world endpoints whose notifications are kept here
         self.vm_buffers: dict[int, Mailbox] = {}
+        self._described: tuple[int, bytes, int] | None = None  #: handle, description for a hypervisor, bytes read of it
 
     def attach(self, endpoint: Endpoint, *, hypervisor: bool = False) -> None:
         """Puts the operating system, or a hypervisor, on top. Raises ValueError: there is one, or its id is not 0."""
@@ -123,18 +126,40 @@ class Spmc(Manager):
         sent = region.descriptor
         if not region.complete or is_secure(sent.sender):
             raise FfaError(Error.INVALID_PARAMETERS)
-        answer = abi.build(who.version, replace(sent, handle=region.handle), region.ranges)
-        if len(answer) > size:
-            raise FfaError(Error.NO_MEMORY, "the description does not fit the RX buffer")
+        flags = sent.flags | TRANSACTION_TYPES[region.call] << FLAG_TYPE_SHIFT
+        answer = abi.build(who.version, replace(sent, handle=region.handle, flags=flags), region.ranges)
+        self._described = (region.handle, answer, size) if len(answer) > size else None
         return answer
+
+    def mem_frag_rx(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """A hypervisor also reads the rest of a description."""
+        handle = pair(x[1], x[2])
+        if (
+            not self._relays(who)
+            or self._described is None
+            or (handle, x[3]) != (self._described[0], self._described[2])
+        ):
+            return super().mem_frag_rx(who, x, vcpu)
+        region = self.transactions.find(handle)
+        if (x[4] >> 16) not in (0, region.descriptor.sender) or x[4] & 0xFFFF:
+            raise FfaError(Error.INVALID_PARAMETERS)
+        _, whole, read = self._described
+        part = whole[read : read + who.buffers().size]
+        self.deliver(who, part)
+        self._described = (handle, whole, read + len(part)) if read + len(part) < len(whole) else None
+        return Frame.of(Call.MEM_FRAG_TX, x[1], x[2], len(part))
 
     # -- buffers of VMs
 
     def rxtx_map(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """A hypervisor maps a VM's buffers by a descriptor in its own TX."""
         if not self._relays(who) or any(x[1:4]):
-            return super().rxtx_map(who, x, vcpu)
-        box = who.buffers()
+            answer = super().rxtx_map(who, x, vcpu)
+            self._reserve(who)
+            return answer
+        if who.mailbox is None:
+            raise FfaError(Error.INVALID_PARAMETERS, "the hypervisor has no buffers of its own")
+        box = who.mailbox
         buf = box.take(box.size)
         try:
             head = ForwardedMap.unpack(buf)
@@ -148,8 +173,14 @@ class Spmc(Manager):
             raise FfaError(Error.DENIED, "buffers are mapped already")
         regions = self.machine.regions_of([(tx, pages), (rx, pages)])
         if any(r is None or r.secure or r.device for r in regions):
-            raise FfaError(Error.INVALID_PARAMETERS, "buffers outside the normal world's memory")
-        self.vm_buffers[head.endpoint] = Mailbox(self.machine, tx, rx, pages * PAGE_SIZE)
+            raise FfaError(Error.DENIED, "buffers outside the normal world's memory")
+        mapped = Mailbox(self.machine, tx, rx, pages * PAGE_SIZE)
+        if len(set(mapped.pages)) != 2 * pages:
+            raise FfaError(Error.INVALID_PARAMETERS, "buffers that overlap")
+        if not self.transactions.reserved.isdisjoint(mapped.pages):
+            raise FfaError(Error.DENIED, "somebody's buffers already")
+        self.vm_buffers[head.endpoint] = mapped
+        self._reserve(who)
         box.poison_tx(box.size)
         return Frame.success()
 
@@ -157,10 +188,19 @@ class Spmc(Manager):
         """A hypervisor names the VM in w1."""
         vm = x[1] >> 16 & 0xFFFF
         if not self._relays(who) or not vm:
-            return super().rxtx_unmap(who, x, vcpu)
-        if self.vm_buffers.pop(vm, None) is None:
+            answer = super().rxtx_unmap(who, x, vcpu)
+        elif self.vm_buffers.pop(vm, None) is None:
             raise FfaError(Error.INVALID_PARAMETERS)
-        return Frame.success()
+        else:
+            answer = Frame.success()
+        self._reserve(who)
+        return answer
+
+    def _reserve(self, who: Served) -> None:
+        """Of what a hypervisor sends, only buffers are known here not to be free."""
+        if self._relays(who):
+            boxes = [*self.vm_buffers.values(), *([who.mailbox] if who.mailbox is not None else [])]
+            self.transactions.reserved = {page for box in boxes for page in box.pages}
 
     def _vm_box(self, who: Served, vm: int) -> Mailbox:
         box = self.vm_buffers.get(vm) if self._relays(who) else None
@@ -249,8 +289,10 @@ class Spmc(Manager):
         """FFA_NOTIFICATION_BITMAP_DESTROY: VM in w1."""
         vm = x[1]
         found = self.vms.get(vm)
-        if not self._names_vm(vm) or found is None or x[2]:
+        if not self._names_vm(vm) or x[2]:
             raise FfaError(Error.INVALID_PARAMETERS)
+        if found is None:
+            raise FfaError(Error.DENIED, "no bitmap was created")
         if found.from_sp.bound or found.from_sp.any_pending or found.framework:
             raise FfaError(Error.DENIED, "notifications are bound or pending")
         del self.vms[vm]

@@ -137,8 +137,15 @@ class Transactions:
         self.speaks_for = speaks_for
         self.may_receive = may_receive
         self.regions: dict[int, Region] = {}
+        self.reserved: set[int] = set()  #: pages that nobody may send, though another manager keeps them
+        self.read_only: dict[int, set[int]] = {}  #: endpoint → pages of its own that it cannot write
         self.checks = Checks()
         self._counts: dict[int, int] = {}
+
+    def cannot_write(self, owner: int, pages: list[int]) -> bool:
+        """Whether an owner has made any of these pages read-only for itself."""
+        own = self.read_only.get(owner)
+        return own is not None and not own.isdisjoint(pages)
 
     def count(self, sender: int) -> int:
         """Regions that ``sender`` has sent and not got back."""
@@ -242,12 +249,13 @@ class Transactions:
         lending.answer, lending.read = answer, size - size % abi.RANGE_SIZE
         return answer[: lending.read]
 
-    def describe(self, region: Region, asked: abi.Receiver, version: int) -> bytes:
-        """The retrieve response for one receiver, in the layout of its version."""
+    def describe(self, region: Region, asked: abi.Receiver, version: int, named: int = 0) -> bytes:
+        """The retrieve response for one receiver, in the layout of its version; ``named`` are the attributes that it
+        asked for, if any."""
         lending = region.borrowers[asked.endpoint]
         granted = _granted(region.call, lending.receiver.permissions, asked.permissions)
         descriptor = region.descriptor
-        attributes = descriptor.attributes or ATTRIBUTES_NORMAL
+        attributes = named & 0x3F or descriptor.attributes or ATTRIBUTES_NORMAL
         normal = any(g is not None and not g.secure for g in self.machine.regions_of(region.ranges[:1]))
         if version >= VERSION_1_1 and normal:
             attributes |= ATTRIBUTE_NS
