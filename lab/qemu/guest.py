@@ -84,20 +84,23 @@ class Guest(DrivenGuest):
             for part in image.initrds:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-        argv = [
-            *command_line(self.config, qemu, image.kernel, initrd),
-            *("-serial", f"file:{self._folder / 'console'}"),
-            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-device", "virtio-serial-pci,id=ports"),
-            *("-chardev", f"socket,id=agent,path={self._folder / 'agent'},server=on,wait=off"),
-            *("-device", f"virtserialport,bus=ports.0,chardev=agent,name={PORT_NAME}"),
-        ]
+        argv = [*command_line(self.config, qemu, image.kernel, initrd), *self._lines()]
         with (self._folder / "stderr").open("wb") as errors:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
         self._qmp = self._connect(lambda: Qmp(self._folder / "qmp"), "its monitor")
         self._agent = self._connect(lambda: AgentClient(connect(self._folder / "agent")), "the agent's port")
         self._wait_ready(None)
         self.boot_seconds = time.monotonic() - began
+
+    def _lines(self) -> list[str]:
+        """Arguments for all that leads from the guest to here."""
+        return [
+            *("-serial", f"file:{self._folder / 'console'}"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-device", "virtio-serial-pci,id=ports"),
+            *("-chardev", f"socket,id=agent,path={self._folder / 'agent'},server=on,wait=off"),
+            *("-device", f"virtserialport,bus=ports.0,chardev=agent,name={PORT_NAME}"),
+        ]
 
     def _connect(self, make: Callable[[], T], what: str) -> T:
         end = time.monotonic() + self.config.boot_timeout
