@@ -26,6 +26,24 @@ KERNEL_DRIVER = ("guest_driver", "linux")  # in C: nothing for Python
 GUEST_FILES = REPO / "lab" / "guest"
 
 
+WHEELS = (
+    "attrs",
+    "cffi",
+    "click",
+    "construct",
+    "cryptography",
+    "idna",
+    "markdown-it-py",
+    "mdurl",
+    "outcome",
+    "pycparser",
+    "pygments",
+    "rich",
+    "sniffio",
+    "sortedcontainers",
+    "trio",
+)
+
 
 @dataclass(frozen=True)
 class System:
@@ -34,6 +52,7 @@ class System:
     suite: str
     python: str
     packages: tuple[str, ...]  # Python's, with all that they need
+    wheels: tuple[str, ...] = WHEELS  # of PyPI, what our packages need
 
     @property
     def stdlib(self) -> str:
@@ -93,23 +112,6 @@ TRIXIE = System(
     ),
 )
 BUSYBOX = "busybox-static"
-WHEELS = (
-    "attrs",
-    "cffi",
-    "click",
-    "construct",
-    "cryptography",
-    "idna",
-    "markdown-it-py",
-    "mdurl",
-    "outcome",
-    "pycparser",
-    "pygments",
-    "rich",
-    "sniffio",
-    "sortedcontainers",
-    "trio",
-)
 APPLETS = tuple(
     """
     [ awk basename cat chmod chown cp cttyhack cut date dd df dirname dmesg du echo env expr false find free grep
@@ -126,7 +128,7 @@ RECIPE = 3
 def ensure_base(arch: Arch = HOST, system: System = BOOKWORM) -> Path:
     """The folder with `base.cpio`, and `root/`, what is in it: Python, busybox, PyPI's packages; no kernel modules."""
     debs = Apt(system.suite, arch.debian).debs((BUSYBOX, *system.packages, *arch.packages))
-    packages = wheels(WHEELS, arch.debian, arch.wheels, system.python)
+    packages = wheels(system.wheels, arch.debian, arch.wheels, system.python)
     key = digest(
         str(RECIPE),
         *APPLETS,

@@ -8,7 +8,7 @@ import sys
 import time
 
 from lab.cache import LabError, say
-from lab.driven import GuestError
+from lab.driven import DrivenGuest, GuestError
 from lab.optee.firmware import ensure_firmware
 from lab.optee.host import OpteeHost, boot_host_for_person
 from lab.optee.image import guest_image, host_image
@@ -63,7 +63,7 @@ def _boot(args: argparse.Namespace, stack: Stack) -> int:
         say(f"the host VM is up after {host.boot_seconds:.1f} s")
         if not args.guest:
             return _run(host, args.run)
-        with host.served("/run/tee.sock", args.tee), host.guest(["/run/tee.sock"]) as guest:
+        with host.served("/run/tee.sock", "--tee", args.tee), host.guest(["/run/tee.sock"]) as guest:
             say(f"the guest VM is up after {guest.boot_seconds:.1f} s")
             return _run(guest, args.run)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import hostdeps
 from lab.apt import Apt
 from lab.arch import AARCH64
-from lab.cache import LabError, build_once, digest, say, scratch
+from lab.cache import build_once, digest, say, scratch
 from lab.optee.source import Edit, Source, debian_source, edit_files, edited
 from lab.optee.stacks import PLATFORM, Stack
 from lab.run import logged

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +22,20 @@ from lab.optee.firmware import ensure_firmware
 from lab.optee.image import QEMU, guest_image, host_image
 from lab.optee.stacks import Stack
 from lab.qemu.command import APPEND, GuestConfig
-from lab.qemu.guest import PORT_NAME, Guest
+from lab.qemu.guest import PORT_NAME, Guest, boot_for_person
 from lab.qemu.image import GuestImage
 from lab.run import connect, tail
 
 MACHINE = replace(AARCH64, machine=f"{AARCH64.machine},secure=on,virtualization=on")
 NESTED_PORT = "virtio-tee.nested"
 NESTED_TIMEOUT = 120.0
+
+
+def host_config(stack: Stack, memory_mib: int) -> GuestConfig:
+    """Of the host VM's machine."""
+    config = GuestConfig(arch=MACHINE, memory_mib=memory_mib, hugepages=0, cpus=2, uio=False, boot_timeout=180)
+    config.extra_args = ["-bios", str(ensure_firmware(stack).bios)]
+    return config
 
 
 class OpteeHost(Guest):
@@ -42,12 +50,9 @@ class OpteeHost(Guest):
         guest_extra: Sequence[tuple[str, Path]] = (),
     ) -> None:
         """`extra`, `guest_extra`: files to add to the host VM, to the guest VM, each as (path in it, file here)."""
+        super().__init__(host_config(stack, memory_mib), image=host_image(stack, extra))
         self.stack = stack
-        self.firmware = ensure_firmware(stack)
         self.nested = guest_image(stack, guest_extra)
-        config = GuestConfig(arch=MACHINE, memory_mib=memory_mib, hugepages=0, cpus=2, uio=False, boot_timeout=180)
-        config.extra_args = ["-bios", str(self.firmware.bios)]
-        super().__init__(config, image=host_image(stack, extra))
 
     def _lines(self) -> list[str]:
         initrd = self._folder / "nested-initrd"
@@ -69,6 +74,18 @@ class OpteeHost(Guest):
         """What firmware and OP-TEE have printed."""
         path = self._folder / "secure"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    @contextmanager
+    def served(self, socket: str, *options: str) -> Iterator[GuestProcess]:
+        """A backend in here that listens on `socket`; `options` of `virtio-tee serve`."""
+        backend = self.spawn(["virtio-tee", "serve", "--socket-path", socket, *options])
+        try:
+            backend.wait_for("ready")
+            yield backend
+        finally:
+            if backend.poll() is None:
+                backend.kill()
+                backend.wait()
 
     def guest(self, sockets: Sequence[str] = (), *, memory_mib: int = 384, options: str = "") -> NestedGuest:
         """A guest VM in this one, to be entered. `sockets`: of backends in here; each becomes a device, which has more
@@ -168,3 +185,8 @@ class NestedGuest(DrivenGuest):
 
 
 FIND_PORT = f"cd /sys/class/virtio-ports && for p in *; do grep -q {NESTED_PORT} $p/name && echo $p; done; true"
+
+
+def boot_host_for_person(stack: Stack, memory_mib: int) -> int:
+    """The host VM with its console in this terminal."""
+    return boot_for_person(host_config(stack, memory_mib), host_image(stack), ["-serial", "null"])

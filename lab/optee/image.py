@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lab.apt import Apt
@@ -22,6 +23,7 @@ DEVELOPMENT = "optee-os-dev"  # has the TAs that come with OP-TEE
 TA_FOLDER = "usr/lib/optee_armtz"
 QEMU = "usr/local/bin/qemu-system-aarch64"
 RECIPE = 1
+SMALL = replace(TRIXIE, wheels=())  # for the agent; each page of a nested guest is dear
 
 
 def ensure_user_space(stack: Stack) -> Path:
@@ -64,9 +66,9 @@ def guest_image(stack: Stack, extra: Sequence[tuple[str, Path]] = ()) -> GuestIm
     driver = ensure_module(GuestImage(kernel.image, (), kernel.release, AARCH64))
     wanted = ("virtio_rng", "tee", module_name(driver.name))
     parts = (
-        ensure_base(AARCH64, TRIXIE) / "base.cpio",
+        ensure_base(AARCH64, SMALL) / "base.cpio",
         ensure_user_space(stack),
         ensure_modules(load_order(kernel.modules, wanted, [driver])),
-        ensure_checkout(extra, TRIXIE),
+        ensure_checkout(extra, SMALL),
     )
     return GuestImage(kernel.image, parts, kernel.release, AARCH64)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -229,13 +229,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def boot_for_person(config: GuestConfig, image: GuestImage) -> int:
-    """A guest whose console is this terminal."""
+def boot_for_person(config: GuestConfig, image: GuestImage, more: Sequence[str] = ()) -> int:
+    """A guest whose console is this terminal. `more`: arguments for QEMU that come after that."""
     qemu = ensure_qemu(config.arch.target)
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
         initrd = Path(name) / "initrd"
         initrd.write_bytes(b"".join(part.read_bytes() for part in image.initrds))
         config.append += " lab.shell"
-        argv = [*command_line(config, qemu, image.kernel, initrd), "-serial", "mon:stdio"]
+        argv = [*command_line(config, qemu, image.kernel, initrd), "-serial", "mon:stdio", *more]
         say("the guest starts; in it, `virtio-tee guest --help`; Ctrl-A X ends it, Ctrl-A C is QEMU's monitor")
         return subprocess.run(argv).returncode
