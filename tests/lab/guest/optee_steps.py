@@ -1,0 +1,134 @@
+"""In the host VM, which has OP-TEE: one step of a test each, by our own client. The last line of output is JSON.
+
+The TAs are those of OP-TEE's test suite: of their commands, those are used that take bytes and give bytes.
+"""
+
+import json
+import mmap
+import sys
+import uuid
+
+from tee.io.linux import LinuxTee
+from tee.linux.ioctls import ParamType
+from tee.results import describe
+
+CRYPT = uuid.UUID("cb3e5ba0-adf1-11e0-998b-0002a5d5c51b")
+STORAGE = uuid.UUID("b689f2a7-8adf-477a-9f99-32e90c0ad0a2")
+SHA256 = 2
+OPEN, CLOSE, READ, CREATE, UNLINK = 0, 1, 2, 4, 6
+PRIVATE = 1
+READABLE, META, OVERWRITE = 1, 4, 0x400
+NONE = (ParamType.NONE, 0, 0, 0)
+
+
+def tell(**what):
+    print(json.dumps(what), flush=True)
+
+
+def pattern(size):
+    return bytes(i * 131 & 0xFF for i in range(256)) * -(-size // 256)
+
+
+def versions():
+    for name in ("tee0", "teepriv0"):
+        with LinuxTee(f"/dev/{name}") as tee:
+            found = tee.version()
+        tell(device=name, version=found)
+
+
+def opened(tee, ta):
+    print("opening", flush=True)
+    answer = tee.open_session(ta.bytes)
+    if answer.code:
+        tell(open=describe(answer.code), origin=answer.origin)
+        sys.exit(0)
+    return answer.session
+
+
+def digest(kind, size, offset):
+    """SHA-256, by the TA, of bytes from `offset` on in memory of ours, or of the kernel's."""
+    size, offset = int(size), int(offset)
+    with LinuxTee() as tee:
+        session = opened(tee, CRYPT)
+        if kind == "registered":
+            room = mmap.mmap(-1, offset + size)
+            text = tee.register(room)
+        else:
+            text = tee.allocate(offset + size)
+        text.data[offset : offset + size] = pattern(size)[:size]
+        out = tee.allocate(32)
+        answer = tee.invoke(
+            session,
+            SHA256,
+            [(ParamType.MEMREF_IN, offset, size, text.id), (ParamType.MEMREF_OUT, 0, 32, out.id), NONE, NONE],
+        )
+        tell(invoke=describe(answer.code), size=answer.params[1][2], digest=bytes(out.data).hex())
+        for shm in (text, out):
+            shm.close()
+
+
+def short():
+    """There is no room for the digest."""
+    with LinuxTee() as tee:
+        session = opened(tee, CRYPT)
+        room = tee.allocate(64)
+        answer = tee.invoke(
+            session, SHA256, [(ParamType.MEMREF_IN, 0, 3, room.id), (ParamType.MEMREF_OUT, 32, 8, room.id), NONE, NONE]
+        )
+        tell(invoke=describe(answer.code), origin=answer.origin, size=answer.params[1][2])
+
+
+def missing():
+    with LinuxTee() as tee:
+        opened(tee, uuid.UUID("00000000-1111-2222-3333-444444444444"))
+
+
+class Store:
+    """Objects of the storage TA."""
+
+    def __init__(self):
+        self.tee = LinuxTee()
+        self.session = opened(self.tee, STORAGE)
+
+    def memory(self, data):
+        shm = self.tee.allocate(len(data))
+        shm.data[: len(data)] = data
+        return ParamType.MEMREF_IN, 0, len(data), shm.id
+
+    def must(self, command, *params):
+        answer = self.tee.invoke(self.session, command, [*params, *[NONE] * (4 - len(params))])
+        if answer.code:
+            tell(command=command, code=describe(answer.code))
+            sys.exit(0)
+        return answer.params
+
+    def open(self, name, flags):
+        mode, storage = (ParamType.VALUE_INOUT, flags, 0, 0), (ParamType.VALUE_IN, PRIVATE, 0, 0)
+        return self.must(OPEN, self.memory(name.encode()), mode, storage)[1][2]
+
+
+def store(name, text):
+    made = Store()
+    mode = ParamType.VALUE_INOUT, READABLE | META | OVERWRITE, 0, 0
+    nobody = ParamType.VALUE_IN, 0, PRIVATE, 0
+    handle = made.must(CREATE, made.memory(name.encode()), mode, nobody, made.memory(bytes.fromhex(text)))[1][2]
+    made.must(CLOSE, (ParamType.VALUE_IN, handle, 0, 0))
+    tell(stored=name)
+
+
+def load(name, size):
+    made = Store()
+    handle = made.open(name, READABLE)
+    room = made.tee.allocate(int(size))
+    read = made.must(READ, (ParamType.MEMREF_OUT, 0, int(size), room.id), (ParamType.VALUE_INOUT, handle, 0, 0))[1][2]
+    tell(text=bytes(room.data[:read]).hex())
+
+
+def remove(name):
+    made = Store()
+    made.must(UNLINK, (ParamType.VALUE_IN, made.open(name, META), 0, 0))
+    tell(removed=name)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
