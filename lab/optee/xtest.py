@@ -11,7 +11,9 @@ from lab.run import tail
 
 SMOKE = ("1001", "1002", "1004", "1006", "1013", "1022", "2001", "4001", "6001")
 _TOTALS = re.compile(
-    r"^(\d+) subtests of which (\d+) failed\n(\d+) test cases of which (\d+) failed\n(\d+) test cases were skipped$",
+    r"^(\d+) subtests? of which (\d+) failed\n"
+    r"(\d+) test cases? of which (\d+) failed\n"
+    r"(\d+) test cases? w(?:ere|as) skipped$",
     re.MULTILINE,
 )
 

@@ -1,4 +1,4 @@
-"""In the host VM, which has OP-TEE: one step of a test each, by our own client. The last line of output is JSON.
+"""In the host VM, which has OP-TEE: steps of tests, by our own client, with `--` between them. Each says JSON.
 
 The TAs are those of OP-TEE's test suite: of their commands, those are used that take bytes and give bytes.
 """
@@ -15,10 +15,18 @@ from tee.results import describe
 CRYPT = uuid.UUID("cb3e5ba0-adf1-11e0-998b-0002a5d5c51b")
 STORAGE = uuid.UUID("b689f2a7-8adf-477a-9f99-32e90c0ad0a2")
 SHA256 = 2
-OPEN, CLOSE, READ, CREATE, UNLINK = 0, 1, 2, 4, 6
+OPEN, READ, CREATE, UNLINK = 0, 2, 4, 6
 PRIVATE = 1
 READABLE, META, OVERWRITE = 1, 4, 0x400
 NONE = (ParamType.NONE, 0, 0, 0)
+
+
+class RefusedError(Exception):
+    """The step does not get further."""
+
+    def __init__(self, **what):
+        super().__init__()
+        self.what = what
 
 
 def tell(**what):
@@ -29,19 +37,16 @@ def pattern(size):
     return bytes(i * 131 & 0xFF for i in range(256)) * -(-size // 256)
 
 
-def versions():
-    for name in ("tee0", "teepriv0"):
-        with LinuxTee(f"/dev/{name}") as tee:
-            found = tee.version()
-        tell(device=name, version=found)
+def version(path):
+    with LinuxTee(path) as tee:
+        tell(version=tee.version())
 
 
 def opened(tee, ta):
-    print("opening", flush=True)
+    print("opening", file=sys.stderr, flush=True)
     answer = tee.open_session(ta.bytes)
     if answer.code:
-        tell(open=describe(answer.code), origin=answer.origin)
-        sys.exit(0)
+        raise RefusedError(open=describe(answer.code), origin=answer.origin)
     return answer.session
 
 
@@ -62,20 +67,9 @@ def digest(kind, size, offset):
             SHA256,
             [(ParamType.MEMREF_IN, offset, size, text.id), (ParamType.MEMREF_OUT, 0, 32, out.id), NONE, NONE],
         )
-        tell(invoke=describe(answer.code), size=answer.params[1][2], digest=bytes(out.data).hex())
+        tell(invoke=describe(answer.code), size=answer.params[1][2], digest=bytes(out.data[:32]).hex())
         for shm in (text, out):
             shm.close()
-
-
-def short():
-    """There is no room for the digest."""
-    with LinuxTee() as tee:
-        session = opened(tee, CRYPT)
-        room = tee.allocate(64)
-        answer = tee.invoke(
-            session, SHA256, [(ParamType.MEMREF_IN, 0, 3, room.id), (ParamType.MEMREF_OUT, 32, 8, room.id), NONE, NONE]
-        )
-        tell(invoke=describe(answer.code), origin=answer.origin, size=answer.params[1][2])
 
 
 def missing():
@@ -84,11 +78,20 @@ def missing():
 
 
 class Store:
-    """Objects of the storage TA."""
+    """Objects of the storage TA, open for one session."""
 
-    def __init__(self):
+    def __enter__(self):
         self.tee = LinuxTee()
-        self.session = opened(self.tee, STORAGE)
+        try:
+            self.session = opened(self.tee, STORAGE)
+        except BaseException:
+            self.tee.close()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.tee.close_session(self.session)  # memory that is still shared keeps the context
+        self.tee.close()
 
     def memory(self, data):
         shm = self.tee.allocate(len(data))
@@ -98,8 +101,7 @@ class Store:
     def must(self, command, *params):
         answer = self.tee.invoke(self.session, command, [*params, *[NONE] * (4 - len(params))])
         if answer.code:
-            tell(command=command, code=describe(answer.code))
-            sys.exit(0)
+            raise RefusedError(command=command, code=describe(answer.code))
         return answer.params
 
     def open(self, name, flags):
@@ -108,27 +110,32 @@ class Store:
 
 
 def store(name, text):
-    made = Store()
-    mode = ParamType.VALUE_INOUT, READABLE | META | OVERWRITE, 0, 0
-    nobody = ParamType.VALUE_IN, 0, PRIVATE, 0
-    handle = made.must(CREATE, made.memory(name.encode()), mode, nobody, made.memory(bytes.fromhex(text)))[1][2]
-    made.must(CLOSE, (ParamType.VALUE_IN, handle, 0, 0))
+    with Store() as made:
+        mode = ParamType.VALUE_INOUT, READABLE | META | OVERWRITE, 0, 0
+        nobody = ParamType.VALUE_IN, 0, PRIVATE, 0
+        made.must(CREATE, made.memory(name.encode()), mode, nobody, made.memory(bytes.fromhex(text)))
     tell(stored=name)
 
 
 def load(name, size):
-    made = Store()
-    handle = made.open(name, READABLE)
-    room = made.tee.allocate(int(size))
-    read = made.must(READ, (ParamType.MEMREF_OUT, 0, int(size), room.id), (ParamType.VALUE_INOUT, handle, 0, 0))[1][2]
-    tell(text=bytes(room.data[:read]).hex())
+    with Store() as made:
+        handle = made.open(name, READABLE)
+        room = made.tee.allocate(int(size))
+        params = (ParamType.MEMREF_OUT, 0, int(size), room.id), (ParamType.VALUE_INOUT, handle, 0, 0)
+        read = made.must(READ, *params)[1][2]
+        tell(text=bytes(room.data[:read]).hex())
 
 
 def remove(name):
-    made = Store()
-    made.must(UNLINK, (ParamType.VALUE_IN, made.open(name, META), 0, 0))
+    with Store() as made:
+        made.must(UNLINK, (ParamType.VALUE_IN, made.open(name, META), 0, 0))
     tell(removed=name)
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    for step in " ".join(sys.argv[1:]).split(" -- "):
+        name, *rest = step.split()
+        try:
+            globals()[name](*rest)
+        except RefusedError as refused:
+            tell(**refused.what)
