@@ -83,6 +83,7 @@ lab-optee: $(READY)
 	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.optee build
 	VIRTIO_TEE_STACKS="smc45 smc410+stats ffa410" $(RUN) -m pytest -q -m lab tests/lab/test_optee.py
+	$(RUN) -m lab.optee xtest
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -13,6 +13,7 @@ from lab.optee.firmware import ensure_firmware
 from lab.optee.host import OpteeHost, boot_host_for_person
 from lab.optee.image import guest_image, host_image
 from lab.optee.stacks import DEFAULT, STACKS, Stack, with_stats
+from lab.optee.xtest import SMOKE, compare
 
 EPILOG = "stacks: " + "; ".join(f"{stack.name}, {stack.does}" for stack in STACKS.values())
 
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--tee", default="soft", help="what that serves (default: %(default)s)")
     one.add_argument("run", nargs="*", help="a command to run in it, after `--`")
+    text = "run OP-TEE's test suite natively, and in a guest VM through virtio-tee, and compare"
+    one = sub.add_parser("xtest", help=text, description=text, epilog=EPILOG)
+    one.add_argument("--stack", choices=STACKS, default=DEFAULT, help="default: %(default)s")
+    one.add_argument("--stats", action="store_true", help="with OP-TEE's statistics")
+    one.add_argument("cases", nargs="*", default=SMOKE, help=f"default: {' '.join(SMOKE)}")
     return parser
 
 
@@ -82,7 +88,12 @@ def _command(args: argparse.Namespace) -> int:
     chosen = list(STACKS.values()) if args.stack == "all" else [STACKS[args.stack]]
     if args.stats:
         chosen = [with_stats(stack) for stack in chosen if stack.has_source or args.stack != "all"]
-    code = _build(chosen) if args.command == "build" else _boot(args, chosen[0])
+    if args.command == "xtest":
+        found = compare(chosen[0], args.cases)
+        print(found)
+        code = 0 if found.is_good else 1
+    else:
+        code = _build(chosen) if args.command == "build" else _boot(args, chosen[0])
     say(f"done in {time.monotonic() - began:.1f} s")
     return code
 

@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -19,7 +18,7 @@ from lab.clients import ensure_clients
 from lab.driven import DrivenGuest, GuestProcess
 from lab.optee.host import NestedGuest, OpteeHost
 from lab.optee.stacks import DEFAULT, STACKS, Stack, with_stats
-from lab.optee.xtest import run_xtest
+from lab.optee.xtest import run_xtest, supplicant
 from lab.tas import TA_FOLDER
 from tee import package
 from tee.soft.examples import UUIDS, source
@@ -30,10 +29,9 @@ from tests.lab.test_example_tas import NIST
 pytestmark = pytest.mark.lab
 
 CHOSEN = (os.environ.get("VIRTIO_TEE_STACKS") or DEFAULT).split()
-DEBIANS = ["tee-supplicant"]
 FILES = "/var/lib/tee-files"
 OURS = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--fs-folder", FILES]
-NATIVE = ("1001", "1002", "1004", "4001")
+CASES = ("1001", "1002", "1004")
 FILED = ("1001", "1004", "4001", "6001")
 VENDOR = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
 MEMORY = (("registered", 1 << 20, 0), ("allocated", 1 << 16, 0), ("allocated", 100_003, 1234), ("registered", 5, 4090))
@@ -51,22 +49,6 @@ def host(request: pytest.FixtureRequest) -> Iterator[OpteeHost]:
         yield booted
 
 
-@contextmanager
-def supplicant(where: DrivenGuest, command: list[str]) -> Iterator[GuestProcess]:
-    started = where.spawn(command)
-    try:
-        opened = (
-            f"for i in $(seq 300); do ls -l /proc/{started.pid}/fd | grep -q /dev/teepriv0 && exit; sleep 0.1; done"
-        )
-        where.run(["sh", "-c", f"{opened}; exit 1"])
-        yield started
-        assert started.poll() is None, started.stderr
-    finally:
-        if started.poll() is None:
-            started.kill()
-            started.wait()
-
-
 def told(where: DrivenGuest, *steps: str) -> list[dict[str, object]]:
     """What each step says."""
     out = where.run(["python3", "/root/optee_steps.py", *" -- ".join(steps).split()]).stdout
@@ -77,14 +59,17 @@ def pattern(size: int) -> bytes:
     return (bytes(i * 131 & 0xFF for i in range(256)) * -(-size // 256))[:size]
 
 
-@pytest.mark.feature("OP-TEE: a real one in a virtual machine, its own test suite with Debian's supplicant (arm64)")
-def test_as_debian_has_it(host: OpteeHost) -> None:
-    with supplicant(host, DEBIANS):
-        result = run_xtest(host, NATIVE)
-    assert sorted(result.cases) == [f"regression_{case}" for case in NATIVE]
-    assert result.failed == []
-    assert result.subtests > len(NATIVE)
-    assert result.failed_subtests == 0
+@pytest.mark.feature("OP-TEE: its own test suite in a guest VM through virtio-tee, as natively (arm64)")
+def test_xtest_natively_and_in_a_guest(host: OpteeHost) -> None:
+    """Both with Debian's supplicant and libraries; the cases have the same numbers of subtests."""
+    socket = "/run/linux.sock"
+    with supplicant(host):
+        native = run_xtest(host, CASES)
+        assert sorted(native.cases) == [f"regression_{case}" for case in CASES]
+        assert (native.failed, native.failed_subtests) == ([], 0)
+        with host.served(socket, "--tee", "linux"), host.guest([socket]) as guest, supplicant(guest):
+            assert run_xtest(guest, CASES) == native
+            assert complaints(guest) == []
     assert complaints(host) == []
 
 
@@ -168,7 +153,7 @@ def test_a_killed_client(host: OpteeHost, serving: GuestProcess) -> None:
     assert told(host, "digest allocated 3 0")[0]["invoke"] == "SUCCESS"
 
 
-# -- the guest VM in it -------------------------------------------------------------------------------------
+# -- a guest VM in it -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +179,7 @@ def guest(host: OpteeHost, backend: GuestProcess) -> Iterator[NestedGuest]:
 def test_a_guest_in_the_host(guest: NestedGuest, host: OpteeHost) -> None:
     """A host with a KVM, our QEMU and backend in it, a guest in that one."""
     assert "virtio_tee" in guest.run(["lsmod"]).stdout
-    with supplicant(guest, DEBIANS):
+    with supplicant(guest):
         assert guest.run(["tee-examples", "hello_world", "0", "41"]).stdout == "42\n"
         asked, expected = NIST["F.5.1"]
         arguments = [str(asked[name]) for name in ("algorithm", "key", "iv", "encrypt", "text")]
