@@ -82,7 +82,7 @@ lab-optee: $(READY)
 	$(PYTHON) -m lab.hostdeps --for optee
 	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.optee build
-	VIRTIO_TEE_STACKS="smc45 smc410+stats ffa410" $(RUN) -m pytest -q -m lab tests/lab/test_optee.py
+	VIRTIO_TEE_STACKS="smc45 smc410 ffa410+stats" $(RUN) -m pytest -q -m lab tests/lab/test_optee.py
 	$(RUN) -m lab.optee xtest
 
 docs: $(READY)

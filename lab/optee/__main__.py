@@ -87,7 +87,7 @@ def _command(args: argparse.Namespace) -> int:
     began = time.monotonic()
     chosen = list(STACKS.values()) if args.stack == "all" else [STACKS[args.stack]]
     if args.stats:
-        chosen = [with_stats(stack) for stack in chosen if stack.has_source or args.stack != "all"]
+        chosen = [with_stats(stack) for stack in chosen]
     if args.command == "xtest":
         found = compare(chosen[0], args.cases)
         print(found)

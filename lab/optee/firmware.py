@@ -59,7 +59,6 @@ class Firmware:
 
 def ensure_firmware(stack: Stack) -> Firmware:
     """From the cache, or built now (half a minute, two where OP-TEE is built). Raises LabError."""
-    hostdeps.require("optee")
     core, core_key, core_version = _core(stack)
     tfa = debian_source(SUITE, "arm-trusted-firmware")
     apt = Apt(SUITE, AARCH64.debian)
@@ -119,6 +118,7 @@ def _build_tfa(stack: Stack, tfa: Source, core: Path, u_boot: Path, new: Path) -
 
 def _make(tree: Path, log: Path, *arguments: str) -> None:
     """With Debian's Python and its modules, whatever else this machine has."""
+    hostdeps.require("optee")
     env = {name: value for name, value in os.environ.items() if not re.match(r"PYTHON|VIRTUAL_ENV|MAKE|MFLAGS", name)}
     env["PATH"] = "/usr/bin:/bin:/usr/sbin:/sbin"
     logged(["make", "-C", tree, f"-j{os.cpu_count() or 1}", *arguments], log, env=env)

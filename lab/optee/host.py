@@ -28,7 +28,7 @@ from lab.run import connect, tail
 
 MACHINE = replace(AARCH64, machine=f"{AARCH64.machine},secure=on,virtualization=on")
 NESTED_PORT = "virtio-tee.nested"
-NESTED_TIMEOUT = 120.0
+NESTED_TIMEOUT = 300.0
 
 
 def host_config(stack: Stack, memory_mib: int) -> GuestConfig:
@@ -71,9 +71,9 @@ class OpteeHost(Guest):
 
     @property
     def secure_console(self) -> str:
-        """What firmware and OP-TEE have printed."""
+        """What firmware and OP-TEE have printed, as long as it runs."""
         path = self._folder / "secure"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return path.read_text(errors="replace") if self.is_running else ""
 
     @contextmanager
     def served(self, socket: str, *options: str) -> Iterator[GuestProcess]:

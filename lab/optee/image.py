@@ -17,10 +17,10 @@ from lab.optee.stacks import LINUX_6_12, PLATFORM, Stack
 from lab.qemu.image import GuestImage
 from lab.qemu.module import ensure_module
 from lab.rootfs import TRIXIE, ensure_base, ensure_checkout, ensure_modules
+from lab.tas import TA_FOLDER
 
 USER_SPACE = ("libckteec0t64", "libteec2", "optee-test-qemu", "tee-supplicant")
 DEVELOPMENT = "optee-os-dev"  # has the TAs that come with OP-TEE
-TA_FOLDER = "usr/lib/optee_armtz"
 QEMU = "usr/local/bin/qemu-system-aarch64"
 RECIPE = 1
 SMALL = replace(TRIXIE, wheels=())  # for the agent; each page of a nested guest is dear
@@ -35,7 +35,7 @@ def ensure_user_space(stack: Stack) -> Path:
         root = new / "root"
         shutil.copytree(tree, root, symlinks=True, ignore=shutil.ignore_patterns("share"))
         for ta in sorted((development / "usr" / "lib" / DEVELOPMENT / PLATFORM / "ta").glob("*.ta")):
-            shutil.copy(ta, root / TA_FOLDER)
+            shutil.copy(ta, root / f"usr{TA_FOLDER}")
         with (new / "user-space.cpio").open("wb") as out:
             write_tree(root, out)
         shutil.rmtree(root)

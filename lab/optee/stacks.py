@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lab.arch import AARCH64
-from lab.cache import LabError
 from lab.qemu.image import KERNEL_SUITE
 
 PLATFORM = "vexpress-qemu_armv8a"
@@ -38,7 +37,11 @@ class Stack:
     dispatcher: tuple[str, ...]  # TF-A's options
     kernel: KernelSource
     core: tuple[str, ...] | None = None  # options to build OP-TEE with; None: the core that Debian has built
-    has_source: bool = True  # in Debian's archive, of this version
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether OP-TEE's statistics pseudo-TA is there."""
+        return self.core is None or STATS in self.core
 
 
 LINUX_6_12 = KernelSource(KERNEL_SUITE, AARCH64.kernel)
@@ -60,7 +63,7 @@ FFA = (
 STACKS = {
     stack.name: stack
     for stack in (
-        Stack("smc45", "OP-TEE 4.5.0 by SMC, Linux 6.12", "trixie", SMC, LINUX_6_12, has_source=False),
+        Stack("smc45", "OP-TEE 4.5.0 by SMC, Linux 6.12", "trixie", SMC, LINUX_6_12),
         Stack("smc410", "OP-TEE 4.10.0 by SMC, Linux 6.12", "sid", SMC, LINUX_6_12),
         Stack("ffa410", "OP-TEE 4.10.0 as SPMC by FF-A, Linux 7.2", "sid", FFA, LINUX_SID, (*CORE, SPMC)),
     )
@@ -69,10 +72,5 @@ DEFAULT = "smc45"
 
 
 def with_stats(stack: Stack) -> Stack:
-    """The same with the statistics pseudo-TA.
-
-    :raises LabError: it cannot be built
-    """
-    if not stack.has_source:
-        raise LabError(f"{stack.name}: Debian's archive has no source of this OP-TEE to build the statistics into")
-    return replace(stack, core=(*(stack.core or CORE), STATS))
+    """The same with the statistics pseudo-TA, which Debian's own builds have anyway."""
+    return stack if stack.has_stats or stack.core is None else replace(stack, core=(*stack.core, STATS))

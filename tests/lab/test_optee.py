@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +27,7 @@ from tests.lab.test_example_tas import NIST
 pytestmark = pytest.mark.lab
 
 CHOSEN = (os.environ.get("VIRTIO_TEE_STACKS") or DEFAULT).split()
+STEP = ["/root/optee_steps.py"]
 FILES = "/var/lib/tee-files"
 OURS = ["virtio-tee", "supplicant", "--device", "/dev/teepriv0", "--fs-folder", FILES]
 CASES = ("1001", "1002", "1004")
@@ -51,7 +50,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[OpteeHost]:
 
 def told(where: DrivenGuest, *steps: str) -> list[dict[str, object]]:
     """What each step says."""
-    out = where.run(["python3", "/root/optee_steps.py", *" -- ".join(steps).split()]).stdout
+    out = where.run(["python3", *STEP, *" -- ".join(steps).split()]).stdout
     return [json.loads(line) for line in out.splitlines()]
 
 
@@ -73,9 +72,29 @@ def test_xtest_natively_and_in_a_guest(host: OpteeHost) -> None:
     assert complaints(host) == []
 
 
+def test_statistics(host: OpteeHost) -> None:
+    """OP-TEE's pseudo-TA for them is there where it was built in."""
+    done = host.run(["xtest", "--stats", "--alloc"], check=False)
+    assert (done.returncode == 0) == host.stack.has_stats
+    assert ("Size of pool:" in done.stdout) == host.stack.has_stats
+
+
 def test_devices(host: OpteeHost) -> None:
     found = told(host, "version /dev/tee0", "version /dev/teepriv0")
     assert found == [{"version": [1, 1, 0xD]}, {"version": [1, 1, 0xF]}]
+
+
+@pytest.mark.feature("Faults: a client of OP-TEE is killed while our supplicant works for it")
+def test_a_killed_client(host: OpteeHost) -> None:
+    """The kernel refuses the answer (EBADF): the next client is served."""
+    with supplicant(host, ["python3", "-u", *STEP, "held_supplicant", "/run/go"]) as serving:
+        client = host.spawn(["python3", *STEP, "digest", "allocated", "3", "0"])
+        serving.wait_for("asked")
+        client.kill()
+        client.wait()
+        host.put("/run/go", b"")
+        assert told(host, "digest allocated 3 0")[0]["invoke"] == "SUCCESS"
+    assert complaints(host) == []
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +157,6 @@ def test_a_changed_ta(served: OpteeHost) -> None:
         assert told(served, "digest allocated 3 0") == [{"open": "SECURITY", "origin": 3}]
     finally:
         served.put(ta, package)
-
-
-@pytest.mark.feature("Faults: a client of OP-TEE is killed while our supplicant works for it")
-def test_a_killed_client(host: OpteeHost, serving: GuestProcess) -> None:
-    """The kernel refuses the answer (EBADF): the next client is served."""
-    serving.kill(signal.SIGSTOP)
-    client = host.spawn(["python3", "/root/optee_steps.py", "digest", "allocated", "3", "0"])
-    client.wait_for("opening")
-    time.sleep(1)  # until it waits for its TA, which nothing tells
-    client.kill()
-    client.wait()
-    serving.kill(signal.SIGCONT)
-    assert told(host, "digest allocated 3 0")[0]["invoke"] == "SUCCESS"
 
 
 # -- a guest VM in it -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from lab.cache import LabError
 from lab.optee.source import Edit, edit_files, edited
-from lab.optee.stacks import CORE, STACKS, STATS, with_stats
+from lab.optee.stacks import STACKS, STATS, with_stats
 from lab.optee.xtest import XtestResult, parse
 from lab.rootfs import BOOKWORM, TRIXIE
 
@@ -32,13 +32,13 @@ def test_an_edit_of_a_file_that_is_gone(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "b"
 
 
-def test_statistics_need_a_source() -> None:
-    assert with_stats(STACKS["smc410"]).core == (*CORE, STATS)
-    ffa = with_stats(STACKS["ffa410"])
+def test_statistics() -> None:
+    assert with_stats(STACKS["smc45"]) == STACKS["smc45"]
+    ffa = STACKS["ffa410"]
     assert ffa.core is not None
-    assert set(ffa.core) - set(STACKS["ffa410"].core or ()) == {STATS}
-    with pytest.raises(LabError, match="no source"):
-        with_stats(STACKS["smc45"])
+    assert not ffa.has_stats
+    assert with_stats(ffa).core == (*ffa.core, STATS)
+    assert with_stats(with_stats(ffa)) == with_stats(ffa)
 
 
 SAID = """\

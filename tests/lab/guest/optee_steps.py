@@ -5,10 +5,14 @@ The TAs are those of OP-TEE's test suite: of their commands, those are used that
 
 import json
 import mmap
+import os
 import sys
+import time
 import uuid
 
 from tee.io.linux import LinuxTee
+from tee.io.linux_supplicant import LinuxSupplicant
+from tee.io.supplicant import Services
 from tee.linux.ioctls import ParamType
 from tee.results import describe
 
@@ -43,7 +47,6 @@ def version(path):
 
 
 def opened(tee, ta):
-    print("opening", file=sys.stderr, flush=True)
     answer = tee.open_session(ta.bytes)
     if answer.code:
         raise RefusedError(open=describe(answer.code), origin=answer.origin)
@@ -130,6 +133,20 @@ def remove(name):
     with Store() as made:
         made.must(UNLINK, (ParamType.VALUE_IN, made.open(name, META), 0, 0))
     tell(removed=name)
+
+
+def held_supplicant(gate):
+    """Answers nothing before there is a file `gate`."""
+
+    class Held(LinuxSupplicant):
+        def _serve(self, command, raw):
+            print("asked", flush=True)
+            while not os.path.exists(gate):
+                time.sleep(0.05)
+            return super()._serve(command, raw)
+
+    # without files OP-TEE opens no session: it looks up the TA's version there
+    Held(Services(("/lib/optee_armtz",), "/var/lib/tee-files").supplicant()).run()
 
 
 if __name__ == "__main__":
