@@ -40,7 +40,7 @@ class Stack:
 
     @property
     def has_stats(self) -> bool:
-        """Whether OP-TEE's statistics pseudo-TA is there."""
+        """Whether it keeps statistics: Debian's builds do."""
         return self.core is None or STATS in self.core
 
 
@@ -72,5 +72,5 @@ DEFAULT = "smc45"
 
 
 def with_stats(stack: Stack) -> Stack:
-    """The same with the statistics pseudo-TA, which Debian's own builds have anyway."""
+    """The same, but built with statistics."""
     return stack if stack.has_stats or stack.core is None else replace(stack, core=(*stack.core, STATS))

@@ -73,10 +73,8 @@ def test_xtest_natively_and_in_a_guest(host: OpteeHost) -> None:
 
 
 def test_statistics(host: OpteeHost) -> None:
-    """OP-TEE's pseudo-TA for them is there where it was built in."""
-    done = host.run(["xtest", "--stats", "--alloc"], check=False)
-    assert (done.returncode == 0) == host.stack.has_stats
-    assert ("Size of pool:" in done.stdout) == host.stack.has_stats
+    """OP-TEE's pseudo-TA for them needs no supplicant."""
+    assert "Size of pool:" in host.run(["xtest", "--stats", "--alloc"]).stdout
 
 
 def test_devices(host: OpteeHost) -> None:
