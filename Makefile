@@ -6,6 +6,8 @@ PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (
 	&& echo /usr/bin/python3 || echo python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# of tests/lab/test_optee.py, what make lab-optee has: guests on the software TEE
+NOT_SHORT := $(addprefix --deselect tests/lab/test_optee.py::,test_a_guest_in_the_host test_a_killed_guest)
 READY := $(VENV)/.ready
 
 .PHONY: help demo test long-test check lab-test lab-qemu-linux lab-uml lab-optee docs clean
@@ -62,7 +64,7 @@ lab-test: $(READY)
 	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.uml image
 	$(RUN) -m lab.optee build --stack smc45
-	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
+	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee $(NOT_SHORT)
 
 lab-qemu-linux: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
