@@ -84,7 +84,7 @@ async def serve(
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
         dataplane.post(lambda: attach(dataplane, router))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_until_signal, nursery.cancel_scope)
+            await nursery.start(_until_signal, nursery.cancel_scope)
             async with trio.open_nursery() as guests:
                 for endpoint, listener in zip(config.endpoints, listeners, strict=True):
                     device = TeeDevice(
@@ -135,8 +135,11 @@ async def _serve_one(device: TeeDevice, listener: Listener, dataplane: DataPlane
     await serve_socket(device, listener, dataplane, require_sealed=require_sealed)
 
 
-async def _until_signal(everything: trio.CancelScope) -> None:
+async def _until_signal(
+    everything: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             everything.cancel()

@@ -18,6 +18,7 @@ from tests.lab.tests_on_tee0 import (  # noqa: F401
     test_invoke_on_tee0,
     test_many_guests_on_tee0,
     test_no_such_device,
+    test_the_broker_on_teepriv0,
     test_the_demo_on_tee0,
     test_what_the_kernel_says_of_tee0,
 )

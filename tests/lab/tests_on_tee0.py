@@ -90,6 +90,24 @@ def test_many_guests_on_tee0(served: DrivenGuest) -> None:
     }, found
 
 
+@pytest.mark.feature("Broker: on a real /dev/teepriv0, TAs come from the guest that opens them")
+def test_the_broker_on_teepriv0(unserved: DrivenGuest) -> None:
+    (found,) = step(unserved, "broker")
+    told = found.pop("told")
+    assert found == {
+        "without": ["ITEM_NOT_FOUND", 3],
+        "hello": 42,
+        "kept": "what is to be kept",
+        "stored": True,
+    }, found
+    assert told == [
+        "FS host: one TEE has one store",
+        "LOAD_TA guest: it has told its size",
+        "LOAD_TA guest: it opens that TA",
+        "LOAD_TA host: no guest has it",
+    ]
+
+
 def test_no_such_device(linux: DrivenGuest) -> None:
     said = linux.run(["virtio-tee", "serve", "-s", "/tmp/x", "--tee", "linux:/dev/tee7"], check=False)
     assert said.returncode == 1

@@ -169,4 +169,72 @@ def many():
     print(json.dumps(found))
 
 
+@contextmanager
+def brokered(folder, *vms):
+    """A broker on /dev/teepriv0, with a store and no TAs, and a backend of its own for each VM; gives the sockets, and
+    what the broker's trace says in the end: who was asked, and why."""
+    trace, store = Path(folder) / "broker.json", Path(folder) / "store"
+    store.mkdir()
+    places = [word for vm in vms for word in ("--vm", f"{vm}={folder}/{vm}.broker")]
+    command = [sys.executable, "-m", "virtio_tee", "broker", *places, "--trace", str(trace)]
+    command += ["--fs-folder", str(store), "--ta-folder", str(store)]
+    broker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    told = []
+    try:
+        line = broker.stderr.readline()
+        assert "ready" in line, line + broker.stderr.read()
+        with ExitStack() as stack:
+            sockets = []
+            for vm in vms:
+                where = Path(folder) / vm
+                where.mkdir()
+                options = ("--broker", f"{folder}/{vm}.broker")
+                sockets += stack.enter_context(serving(where, *options, vms=(vm,)))[0]
+            yield sockets, store, told
+    finally:
+        broker.terminate()
+        said = broker.communicate(timeout=30)[1]
+        assert broker.returncode == 0, said
+        for event in json.loads(trace.read_text()):
+            if event.get("args", {}).get("route"):
+                told.append([event["name"], event["args"]["route"]])
+
+
+@contextmanager
+def guest_with_tas(path, folder):
+    """A guest whose own supplicant has the TAs of ``folder``, and nothing else."""
+    from tee.io.supplicant import Supplicant
+
+    supplicant = Supplicant([folder])
+    with (
+        closing(supplicant),
+        closing(open_driver(path, None)) as driver,
+        TeeRuntime(driver, supplicant) as runtime,
+        Context(runtime) as context,
+    ):
+        yield context
+
+
+def broker():
+    """TAs come from the guest that opens them, what they store goes to the host."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder) / "empty"
+        empty.mkdir()
+        with (
+            brokered(folder, "a", "b") as (sockets, store, told),
+            guest_with_tas(sockets[0], "/lib/optee_armtz") as a,
+            guest_with_tas(sockets[1], empty) as b,
+        ):
+            found["without"] = outcome(b.open_session, UUIDS["hello_world"])
+            with a.open_session(UUIDS["hello_world"]) as hello:
+                found["hello"] = hello.invoke(0, ValueInOut(41))[0].a
+            with a.open_session(UUIDS["secure_storage"]) as session:
+                session.invoke(1, TempIn(b"name"), TempIn(b"what is to be kept"))
+                found["kept"] = session.invoke(0, TempIn(b"name"), TempOut(100))[1].decode()
+            found["stored"] = bool(list(store.rglob("*")))
+    found["told"] = sorted({f"{name} {route}" for name, route in told})
+    print(json.dumps(found))
+
+
 globals()[sys.argv[1]]()
