@@ -416,7 +416,12 @@ class FfaTeeDriver:
         for flights in (self._runnable, self._waiting):
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
-                    progress |= self._step(flights.popleft())
+                    flight = flights.popleft()
+                    if flight.message.cmd == _CLOSE_SESSION and self._has_calls(flight):
+                        self._waiting.append(flight)
+                        continue
+                    self._worked = True
+                    progress |= self._came_back(flight, self._endpoint.send(flight.frame))
         for context in list(self._closing) if self._closing else ():
             self._go_on_closing(context)
         if self._ending:
@@ -758,15 +763,9 @@ class FfaTeeDriver:
         page.send = self._request(Service.CALL_WITH_ARG, *halves(page.handle), 0)
         return page
 
-    def _step(self, flight: _Flight) -> bool:
-        """Lets the partition work on a message; whether it got on."""
-        if flight.message.cmd == _CLOSE_SESSION and any(
-            f.session is flight.session and f is not flight for f in self._all
-        ):
-            self._waiting.append(flight)  # after the session's calls
-            return False
-        self._worked = True
-        return self._came_back(flight, self._endpoint.send(flight.frame))
+    def _has_calls(self, closing: _Flight) -> bool:
+        """Whether a session that is to be closed has calls, which are to end before."""
+        return any(f.session is closing.session and f is not closing for f in self._all)
 
     def _came_back(self, flight: _Flight, answer: Frame) -> bool:
         """What the partition says of a message that it has worked on; whether it got on."""

@@ -326,7 +326,7 @@ class OpteePartition(Endpoint):
         if isinstance(outcome, tuple):
             message.end(*outcome)
             _write_outcome(shm.memory, at, message, wires, params)
-            self._run()
+            self.due = self.tee.run()
             return _DONE
         thread = self._thread(guest, shm, at, message, wires)
         thread.params = params

@@ -463,12 +463,16 @@ class Manager:
         sender, receiver = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
         if x[2] and not _is_second(x):
             if x[2] & DIRECT_FRAMEWORK_BIT:
-                raise FfaError(_INVALID, "framework messages are for partition managers")
+                return self.framework_message(who, x, vcpu)
             if x[2] & MASK32:
                 raise FfaError(_INVALID)
         if not self.speaks_for(who.id, sender) or sender == receiver:
             raise FfaError(_INVALID)
         return self.ask(who, receiver, x, vcpu)
+
+    def framework_message(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """FFA_MSG_SEND_DIRECT_REQ with a framework message. Raises FfaError: INVALID_PARAMETERS"""
+        raise FfaError(_INVALID, "framework messages are for partition managers")
 
     def ask(self, who: Served, receiver: int, x: Frame, vcpu: int) -> Frame:
         """Runs an endpoint of this manager's own with a direct request. Raises FfaError."""

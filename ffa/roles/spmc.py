@@ -26,7 +26,6 @@ from ffa.abi.ids import (
     FfaError,
     FrameworkMessage,
     Property,
-    fid,
     is_secure,
 )
 from ffa.roles.endpoint import Endpoint
@@ -52,7 +51,6 @@ ForwardedMap = Codec(
 """What a hypervisor puts into its TX buffer to map a VM's buffers for the SPMC (endpoint RX/TX descriptor)."""
 
 
-_DIRECT_REQ2 = fid(Call.MSG_SEND_DIRECT_REQ2)
 _AVAILABILITY = {
     DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_CREATED: Property.VM_CREATED,
     DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_DESTROYED: Property.VM_DESTROYED,
@@ -226,11 +224,10 @@ class Spmc(Manager):
 
     # -- direct messages
 
-    def direct_request(self, who: Served, x: Frame, vcpu: int) -> Frame:
+    def framework_message(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """A hypervisor may tell partitions of its VMs, if they want to know."""
-        framework = x[2] & DIRECT_FRAMEWORK_BIT and x.fid != _DIRECT_REQ2
-        if not framework or not self._relays(who):
-            return super().direct_request(who, x, vcpu)
+        if not self._relays(who):
+            return super().framework_message(who, x, vcpu)
         wanted = _AVAILABILITY.get(x[2] & MASK32)
         if wanted is None or x[1] >> 16 & 0xFFFF != HYPERVISOR_ID or any((*x[3:5], *x[6:8])):
             raise FfaError(Error.INVALID_PARAMETERS)

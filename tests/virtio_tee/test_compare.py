@@ -140,7 +140,7 @@ class TestCounts:
         assert counts(report, name, FFA, "messages", "pages_shared") == (6, pages + 1)
         assert of(report, name, FFA)["bytes_copied"] < KIB
         assert counts(report, name, MIDDLE, "messages", "pages_shared") == (8, pages)
-        assert of(report, name, MIDDLE)["bytes_copied"] < KIB
+        assert of(report, name, MIDDLE)["bytes_copied"] < 2 * KIB  # with what is left for RPCs behind each message
 
     def test_temporary_memory_is_registered_for_the_call_if_it_is_large(self, report: Report) -> None:
         for path in VIRTIO:

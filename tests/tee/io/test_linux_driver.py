@@ -34,7 +34,7 @@ from tee.io.linux_driver import LinuxTeeDriver, Post
 from tee.io.runtime import TeeRuntime
 from tee.linux.errors import RESULTS
 from tee.linux.ioctls import MOST_PARAMS, Ioctl
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcReply
@@ -360,7 +360,7 @@ class TestMemory:
 
     def test_a_handle_without_a_mapping(self, bench: Bench) -> None:
         context, session = bench.opened()
-        memory = Memory(size=4096, ffa_handle=5)
+        memory = Memory(size=4096, ffa=FfaShare(5))
         assert bench.call(RegisterMemory(context=context, memory=memory)).code == Result.NOT_SUPPORTED
         assert bench.invoke(session, FLIP, MemRef(IN, memory, 0, 1)).code == Result.NOT_SUPPORTED
 
