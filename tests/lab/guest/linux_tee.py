@@ -195,9 +195,8 @@ def brokered(folder, *vms):
         broker.terminate()
         said = broker.communicate(timeout=30)[1]
         assert broker.returncode == 0, said
-        for event in json.loads(trace.read_text()):
-            if event.get("args", {}).get("route"):
-                told.append([event["name"], event["args"]["route"]])
+        events = json.loads(trace.read_text())
+        told.extend([event["name"], event["args"]["route"]] for event in events if event.get("args", {}).get("route"))
 
 
 @contextmanager
