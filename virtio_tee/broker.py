@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     "--vm",
     "vms",
     multiple=True,
-    required=True,
     metavar="NAME=PATH|NAME=fd:N",
     help="A VM, and where its backend attaches: a socket to listen on, or one that was inherited. Whoever may connect "
-    "there speaks for that VM. Give it again for more.",
+    "there speaks for that VM. Give it again for more. Without it: sockets that systemd passes, by their names.",
 )
 @click.option("--device", default="/dev/teepriv0", show_default=True, metavar="PATH", help="The TEE's supplicant side.")
 @click.option(
@@ -96,6 +95,7 @@ def broker(
 
     \b
     One VM:    virtio-tee broker --vm a=/run/virtio-tee/a-broker.sock --fs-folder /var/lib/tee
+    systemd:   docs/systemd/virtio-tee-broker.service
     Then:      virtio-tee serve -s /run/virtio-tee/a.sock --vm a --tee linux --broker /run/virtio-tee/a-broker.sock
     """
     from host_backend.broker.broker import Broker, Policy
@@ -103,7 +103,10 @@ def broker(
     from host_backend.trace import Trace
 
     throttle_logs()
-    places = [_place(text) for text in vms]
+    passed = systemd.listen_named()
+    places = [_place(text) for text in vms] or [(name, f"fd:{fd}") for name, fd in passed if name]
+    if not places:
+        raise click.UsageError("say --vm NAME=PATH, once for each VM")
     names = [name for name, _ in places]
     if len(set(names)) != len(names):
         raise click.UsageError("the same --vm twice")

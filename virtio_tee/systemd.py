@@ -15,11 +15,17 @@ FIRST = 3
 
 def listen_fds() -> tuple[int, ...]:
     """The sockets that were passed to this very process. Children are not told of them."""
+    return tuple(fd for _, fd in listen_named())
+
+
+def listen_named() -> tuple[tuple[str, int], ...]:
+    """The same, each with its name (``FileDescriptorName=``); "" where it has none."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
         return ()
-    return tuple(range(FIRST, FIRST + int(count)))
+    fds = range(FIRST, FIRST + int(count))
+    return tuple(zip(names if len(names) == len(fds) else [""] * len(fds), fds, strict=True))
 
 
 def notify(state: str) -> None:

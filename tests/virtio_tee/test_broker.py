@@ -19,7 +19,7 @@ def said(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "Missing option '--vm'"),
+        ([], "say --vm NAME=PATH"),
         (["--vm", "a"], "say NAME=PATH or NAME=fd:N"),
         (["--vm", "a=x", "--vm", "a=y"], "the same --vm twice"),
         (["--vm", "a=x", "--fs-vm", "b"], "--fs-vm b is no --vm"),
@@ -43,6 +43,19 @@ def test_a_device_that_is_none(tmp_path: Path) -> None:
     code, output = said("--vm", f"a={tmp_path / 's'}", "--device", os.devnull)
     assert code == 1
     assert os.devnull in output
+
+
+def test_sockets_of_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are the VMs that they are named after; here the device is missing only then."""
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    monkeypatch.setenv("LISTEN_FDNAMES", "web1:web1")
+    assert "the same --vm twice" in said()[1]
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    monkeypatch.setenv("LISTEN_FDNAMES", "web1")
+    code, output = said("--fs-vm", "web2")
+    assert (code, "--fs-vm web2 is no --vm" in output) == (2, True)
 
 
 def test_a_socket_that_cannot_be(tmp_path: Path) -> None:
