@@ -11,7 +11,7 @@ from device.machines import LIFE, LifeAction, LifeEvent, LifeState
 from device.messages import CONFIG, EVENT_HEADER
 from device.requests import RESPONSE_HEADER_SIZE, refusal
 from device.wire import Event, Feature, Queue, ResponseFlag, Status, only_usable
-from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
+from host_backend.epoch import Epoch, features_of
 from host_backend.router import Router
 from host_backend.slots import Leased
 from host_backend.trace import Recorder
@@ -40,7 +40,6 @@ class TeeDevice(Device):
     """One guest's device. ``vm`` names the guest to the TEE; ``new_epoch`` gives fresh random 64-bit numbers."""
 
     max_queue_size = 1024
-    features = int(IMPLEMENTED_FEATURES)
     config_size = CONFIG.size
     logs_writes = False  # the TEE writes to registered memory at any time, also during a pause
 
@@ -57,6 +56,7 @@ class TeeDevice(Device):
     ) -> None:
         self.num_queues = Queue.REQUEST + request_queues
         self.router = router
+        self.features = int(features_of(router.tee))
         self.vm = vm
         self.limits = limits
         self.life = LifeState.FRESH
@@ -99,7 +99,7 @@ class TeeDevice(Device):
             self.router.tee,
             self,
             vm=self.vm,
-            features=Feature(only_usable(self.acked_features)) & IMPLEMENTED_FEATURES,
+            features=Feature(only_usable(self.acked_features) & self.features),
             limits=self.limits,
             clock=self._clock,
             on_drained=self._on_drained,
@@ -151,7 +151,7 @@ class TeeDevice(Device):
             self._trace.mark(self.vm, "connected")
 
     def negotiated(self, features: int) -> None:
-        self.epoch.features = Feature(only_usable(features)) & IMPLEMENTED_FEATURES
+        self.epoch.features = Feature(only_usable(features) & self.features)
 
     def memory_changed(self, memory: GuestMemory) -> None:
         self.memory_version += 1

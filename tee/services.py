@@ -229,7 +229,7 @@ class RunTask(ServiceCall):
 
     uuid: uuid_module.UUID
     func: int
-    client: Client = Client()
+    client: Client = field(default_factory=Client)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

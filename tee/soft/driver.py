@@ -28,7 +28,17 @@ from tee.memory import Memory
 from tee.params import Param
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
-from tee.services import NONCE_SIZE, SERVICES_UUID, CallReturn, Loaded, Refusal, RefusedError, ServiceCall, ServiceFlag, ServiceList
+from tee.services import (
+    NONCE_SIZE,
+    SERVICES_UUID,
+    CallReturn,
+    Loaded,
+    Refusal,
+    RefusedError,
+    ServiceCall,
+    ServiceFlag,
+    ServiceList,
+)
 from tee.services import Service as ListedService
 from tee.soft.desk import CANCELLABLE, SERVED, Desk
 from tee.soft.enclaves import Enclave, EnclavePolicy, Enclaves, Server, innermost, lineage
@@ -937,7 +947,7 @@ class SoftTee:
         return True
 
     def forget_machine(self, vm: str) -> None:
-        """See :class:`~tee.driver.ForgetsMachines`."""
+        """See :class:`~tee.driver.OffersServices`."""
         for program in self._services.forget(vm):
             self._retire(program, Context(self, vm))
 
@@ -978,14 +988,18 @@ class SoftTee:
     def list_services(self, vm: str, first: int, most: int) -> ServiceList:
         """The services that a machine sees: ``most`` at most, from the entry ``first`` on."""
         programs = self._services.of(vm)
-        used = {session.instance.program for context in self._contexts if context.vm == vm for session in context.sessions}
+        used = {
+            session.instance.program for context in self._contexts if context.vm == vm for session in context.sessions
+        }
         used.update(enclave.instance.program for enclave in self.enclaves.of(vm))
         return ServiceList(len(programs), [_listed(program, used) for program in programs[first : first + most]])
 
     async def load_service(self, task: Task, given: MemoryReference) -> Loaded:
         """Install a service from its signed package. It is verified, and used, as a private copy."""
         if given.capacity > self._services.limit:
-            raise RefusedError(Refusal.LIMIT, f"a package of {given.capacity} bytes; {self._services.limit} is the limit")
+            raise RefusedError(
+                Refusal.LIMIT, f"a package of {given.capacity} bytes; {self._services.limit} is the limit"
+            )
         data = given.read()
         task.masked = False
         verified = await self._beside(task, lambda: self._services.verify(data))

@@ -101,7 +101,7 @@ class Services:
             raise TeeError(Result.SECURITY, Origin.TEE, f"version {ta.version} after {floor}: a roll-back")
         if old is not None and old.version == ta.version:
             if old.digest != ta.digest:
-                raise TeeError(Result.ACCESS_CONFLICT, Origin.TEE, f"version {ta.version} is installed, with other code")
+                raise TeeError(Result.ACCESS_CONFLICT, Origin.TEE, f"version {ta.version} is there, with other code")
             return None
         others = sum(machine.sizes.values()) - machine.sizes.get(ta.uuid, 0)
         if old is None and len(machine.programs) >= self._limits.services:

@@ -599,9 +599,7 @@ class TrustedApplication:
         """A client asks for ``command`` (32 bits)."""
         raise bad_command(command)
 
-    async def enclave_call(
-        self, client: Client, regs: tuple[int, ...], memory: MemoryReference | None
-    ) -> CallReturn:
+    async def enclave_call(self, client: Client, regs: tuple[int, ...], memory: MemoryReference | None) -> CallReturn:
         """A client, or another TA, calls the server enclave that this instance is: with 8 register values, and memory
         to be used in place while the call lasts. A service that does not override this is no server.
 

@@ -202,7 +202,8 @@ class TestCreate:
         assert other.acquire(b"x").code == Result.ITEM_NOT_FOUND
         assert other.release(server).code == Result.SUCCESS
         bench.done(CloseContext(context=other.context))
-        bench.done(CloseContext(context=creator.context))if how == "session" else None
+        if how == "session":
+            creator.close()
         assert bench.tee.usage() == IDLE
 
 
@@ -272,7 +273,13 @@ class TestCall:
 
     @pytest.mark.parametrize(
         "answer",
-        [CallReturn(0, 1, 16), CallReturn(0, 17, 0), CallReturn(0, (1 << 64) - 1, 1), CallReturn(-1), CallReturn(1 << 64)],
+        [
+            CallReturn(0, 1, 16),
+            CallReturn(0, 17, 0),
+            CallReturn(0, (1 << 64) - 1, 1),
+            CallReturn(-1),
+            CallReturn(1 << 64),
+        ],
     )
     def test_an_answer_that_cannot_be(self, client: Client, answer: CallReturn) -> None:
         async def lie(server: Server, caller: Caller, regs: object, memory: object) -> CallReturn:
@@ -423,18 +430,21 @@ class TestEnds:
             if what == 0:
                 calls.append(
                     client.begin(
-                        Command.ENCLAVE_CREATE, given(Server.uuid.bytes), given(b"e%d" % draw.randrange(4)), Value(INOUT)
+                        Command.ENCLAVE_CREATE,
+                        given(Server.uuid.bytes),
+                        given(b"e%d" % draw.randrange(4)),
+                        Value(INOUT),
                     )
                 )
             elif what == 1:
-                calls.append(
-                    client.begin(Command.ENCLAVE_ACQUIRE, given(b"e%d" % draw.randrange(4)), Value(OUT))
-                )
+                calls.append(client.begin(Command.ENCLAVE_ACQUIRE, given(b"e%d" % draw.randrange(4)), Value(OUT)))
             elif what < 5:
                 act = draw.choice([ADD, HOLD, ONWARD, ONWARD, PANIC, FAIL])
                 calls.append(client.start(ident, act, draw.randrange(3), draw.randrange(6))[0])
             elif what == 5:
-                calls.append(client.begin(draw.choice([Command.ENCLAVE_DESTROY, Command.ENCLAVE_RELEASE]), Value(IN, ident)))
+                calls.append(
+                    client.begin(draw.choice([Command.ENCLAVE_DESTROY, Command.ENCLAVE_RELEASE]), Value(IN, ident))
+                )
             elif what == 6 and calls:
                 bench.tee.cancel(draw.choice(calls))
             elif draw.randrange(5) == 0:
@@ -484,7 +494,9 @@ class TestChains:
     def test_memory_all_along(self, client: Client) -> None:
         server = self.chain(client, 3)
 
-        async def last(server: Server, caller: Caller, regs: Sequence[int], memory: MemoryReference | None) -> CallReturn:
+        async def last(
+            server: Server, caller: Caller, regs: Sequence[int], memory: MemoryReference | None
+        ) -> CallReturn:
             if regs[1] < 2:
                 return await onward(server, caller, (OTHER, regs[1], 2), memory)
             return await double(server, caller, (0, 0), memory)

@@ -318,9 +318,7 @@ class TestTask:
         done = client.task(Plain.uuid, 1)
         assert (done.code, done.origin) == (0x1234, Origin.TRUSTED_APP)
         assert Plain.seen[1:] == ["closed"]
-        call = client.begin(
-            Command.SERVICE_TASK, given(TaskSelector.build({"uuid": UUID(int=9).bytes, "func": 0}))
-        )
+        call = client.begin(Command.SERVICE_TASK, given(TaskSelector.build({"uuid": UUID(int=9).bytes, "func": 0})))
         client.bench.answer(client.bench.rpc(), Result.ITEM_NOT_FOUND)
         done = client.bench.finish(call)
         assert (done.code, done.origin) == (Result.ITEM_NOT_FOUND, Origin.TEE)
