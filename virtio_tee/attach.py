@@ -71,6 +71,9 @@ def _pci(address: str | None, wanted: int) -> Any:
         raise click.ClickException(str(e)) from None
 
 
+SCENARIO_NAMES = ("main", "services", "enclaves")
+"""What a demo can show (:data:`virtio_tee.scenario.SCENARIOS`)."""
+
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 

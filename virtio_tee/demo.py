@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from tee.soft.examples import UUIDS, source
-from virtio_tee.attach import FOLDER, open_driver, supplicant_of, ta_folders
+from virtio_tee.attach import FOLDER, SCENARIO_NAMES, open_driver, supplicant_of, ta_folders
 from virtio_tee.outcome import Outcome, from_events, from_trace, show
 
 GUEST_TIMEOUT_S = 60
@@ -29,6 +29,13 @@ THE_ONLY_ONE = "auto"
     default="virtio",
     show_default=True,
     help="How the guest reaches the TEE: its virtio-tee device, or OP-TEE over FF-A.",
+)
+@click.option(
+    "--scenario",
+    type=click.Choice(SCENARIO_NAMES),
+    default="main",
+    show_default=True,
+    help="What is shown: the main job, services, or server enclaves.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
 @click.option(
@@ -61,6 +68,7 @@ THE_ONLY_ONE = "auto"
 )
 def demo(
     path: str,
+    scenario: str,
     as_json: bool,
     device: str | None,
     ta_places: tuple[Path, ...],
@@ -86,13 +94,13 @@ def demo(
             raise click.UsageError("--device is on the virtio path")
         if folder or without:
             raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
-        outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places)
+        outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places, scenario)
     else:
         if ta_places:
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
         with ExitStack() as stack:
             where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without)
+            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without, scenario)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
@@ -100,7 +108,7 @@ def demo(
     sys.exit(0 if outcome.result == "ok" else 1)
 
 
-def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
+def _on_device(address: str | None, folders: tuple[Path, ...], name: str) -> Outcome:
     """In this process, on the PCI device; the driver counts requests and RPCs, where they leave and arrive."""
     from tee.driver import TeeKind
     from tee.io.runtime import TeeRuntime
@@ -115,7 +123,7 @@ def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
     supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
-            scenario.run(scenario.main_job, runtime, report)
+            scenario.run(name, runtime, report, scenario.files_in(found))
         kind = driver.info.kind
     seen = report.as_json()
     return Outcome(
@@ -128,7 +136,7 @@ def _on_device(address: str | None, folders: tuple[Path, ...]) -> Outcome:
     )
 
 
-def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
     """In this process; the driver counts requests and RPCs, where they leave and arrive."""
     import secrets
 
@@ -142,10 +150,15 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
 
     start = time.monotonic()
     tas = _prepare(folder)
-    for name in without:
-        (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
+    for left_out in without:
+        (tas / f"{UUIDS[left_out]}.ta").unlink(missing_ok=True)
     outcome, report = Outcome(path="ffa"), scenario.Report()
-    tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, keys=[public_key(folder / "vendor.pem")])
+    tee = SoftTee(
+        clock=time.monotonic,
+        random=secrets.token_bytes,
+        keys=[public_key(folder / "vendor.pem")],
+        attestation_key=(folder / "attester.key").read_bytes(),
+    )
     try:
         driver = ffa_driver(tee)
     except TeeError as e:
@@ -156,7 +169,7 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
         closing(driver),
         TeeRuntime(driver, supplicant, report.observe) as runtime,
     ):
-        scenario.run(scenario.main_job, runtime, report)
+        scenario.run(name, runtime, report, scenario.files_in([tas]))
     outcome.why = report.why and report.why + _missing_tas(tas, without)
     outcome.steps = report.as_json()["steps"]
     outcome.requests = from_events(report.events, "start", "done")
@@ -165,13 +178,13 @@ def _over_ffa(folder: Path, without: tuple[str, ...]) -> Outcome:
     return outcome
 
 
-def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
+def _two_processes(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
     """The backend counts requests and RPCs, where they arrive and leave."""
     start = time.monotonic()
     outcome = Outcome()
     tas = _prepare(folder)
-    for name in without:
-        (tas / f"{UUIDS[name]}.ta").unlink(missing_ok=True)
+    for left_out in without:
+        (tas / f"{UUIDS[left_out]}.ta").unlink(missing_ok=True)
     trace = folder / "trace.json"
     with tempfile.TemporaryDirectory(prefix="vtee-") as sockets:
         socket = Path(sockets) / "tee.sock"
@@ -183,6 +196,8 @@ def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
                 str(socket),
                 "--ta-key",
                 str(folder / "vendor.pem"),
+                "--attestation-key",
+                str(folder / "attester.key"),
                 *_SERVE,
                 str(trace),
             ],
@@ -193,7 +208,18 @@ def _two_processes(folder: Path, without: tuple[str, ...]) -> Outcome:
         try:
             _wait_until_ready(backend)
             guest = subprocess.run(
-                [*_SELF, "guest", "demo", "--socket", str(socket), "--ta-folder", str(tas), "--json"],
+                [
+                    *_SELF,
+                    "guest",
+                    "demo",
+                    "--socket",
+                    str(socket),
+                    "--ta-folder",
+                    str(tas),
+                    "--scenario",
+                    name,
+                    "--json",
+                ],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -240,6 +266,7 @@ def _prepare(folder: Path) -> Path:
 
     tas = folder / "guest" / "optee_armtz"
     private, public = (folder / name for name in KEYS)
+    attester, trusted = folder / "attester.key", tas / "attester.pem"
     kept = [path for path in (private, public, *sorted(tas.glob("*.ta"))) if path.exists()]
     missing = [path.name for path in (private, public) if not path.exists()]
     if not kept:
@@ -255,6 +282,11 @@ def _prepare(folder: Path) -> Path:
             f"--folder {folder} has {kept[0].relative_to(folder)}, but no {' and no '.join(missing)}: "
             "put back what is missing, or name an empty folder to have all made anew"
         )
+    if not (attester.exists() and trusted.exists()):
+        pair = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+        attester.touch(0o600)
+        attester.write_bytes(pair.private)
+        trusted.write_bytes(pair.public)
     return tas
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import click
 
-from virtio_tee.attach import device_options, open_driver, service_options, supplicant_of
+from virtio_tee.attach import SCENARIO_NAMES, device_options, open_driver, service_options, supplicant_of
 from virtio_tee.logs import verbose_option
 
 if TYPE_CHECKING:
@@ -63,21 +63,22 @@ def info(socket: str | None, pci: str | None, as_json: bool) -> None:
 @guest.command()
 @device_options
 @service_options
+@click.option("--scenario", type=click.Choice(SCENARIO_NAMES), default="main", show_default=True, help="What is shown.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
-def demo(socket: str | None, pci: str | None, services: Services, as_json: bool) -> None:
-    """Run the demo's guest side: load three TAs over RPC, call them with values and memory.
+def demo(socket: str | None, pci: str | None, services: Services, scenario: str, as_json: bool) -> None:
+    """Run the demo's guest side: load three TAs over RPC, call them with values and memory; or another scenario.
 
     Exit status 1: a step failed.
     """
     from tee.io.runtime import TeeRuntime
-    from virtio_tee import scenario
+    from virtio_tee import scenario as scenarios
 
-    report = scenario.Report()
+    report = scenarios.Report()
     supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
     with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
-        scenario.run(scenario.main_job, runtime, report)
+        scenarios.run(scenario, runtime, report, scenarios.files_in(services.ta_folders))
     driver.close()
     if as_json:
         click.echo(json.dumps(report.as_json()))

@@ -12,13 +12,15 @@ from device.config import Config, Limits
 from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
+from ffa.optee.client import FfaTeeDriver
+from host_backend.epoch import features_of
 from pyvhost.vring.api import Chain
 from tee.calls import Call, Client, CloseContext, Invoke, Login, UnregisterMemory
-from tee.driver import Done, GenCap, OffersServices, TeeInfo
+from tee.driver import Done, GenCap, TeeInfo
 from tee.params import Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import RpcCommand
-from tee.soft import SoftTee, examples
+from tee.soft import examples
 from tee.soft.ta import UUID, Direction, Parameters, TrustedApplication
 from tests.host_backend.bench import ALL, INLINE, PROBE, RAM, RAM_SIZE, Bench, Guest, Sent
 
@@ -54,11 +56,10 @@ class TestConfig:
         assert guest.device.features == int(~Feature.FFA_HANDLE)
 
     @requirement("DEV-FEA-2")
-    def test_a_tee_without_services(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(SoftTee, "forget_machine", None)
-        assert isinstance(bench.tee, OffersServices) is False
-        offered = bench.guest(features=Feature(0)).device.features
-        assert offered == int(Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION)
+    def test_a_tee_without_services(self, guest: Guest) -> None:
+        without = FfaTeeDriver.__new__(FfaTeeDriver)
+        assert features_of(without) == Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION
+        assert features_of(guest.bench.tee) == Feature(guest.device.features)
 
 
 class TestFraming:

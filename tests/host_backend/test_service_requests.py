@@ -452,7 +452,7 @@ class TestEnclaves:
         masked = caller.call(one, HOLD, 3)
         release = caller.release(one)
         assert ended(ends, Result.CANCEL, Origin.TRUSTED_APP)
-        assert not (release.done or masked.done or stays.done)
+        assert [sent.done for sent in (release, masked, stays)] == [False] * 3
         assert refused(caller.call(one, ADD), Status.NO_SESSION)
         caller.guest.bench.pass_time(4)
         assert returned(masked)[0] == 99
