@@ -123,7 +123,7 @@ def _on_device(address: str | None, folders: tuple[Path, ...], name: str) -> Out
     supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
-            scenario.run(name, runtime, report, scenario.files_in(found))
+            scenario.run(scenario.named(name, scenario.files_in(found)), runtime, report)
         kind = driver.info.kind
     seen = report.as_json()
     return Outcome(
@@ -169,7 +169,7 @@ def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
         closing(driver),
         TeeRuntime(driver, supplicant, report.observe) as runtime,
     ):
-        scenario.run(name, runtime, report, scenario.files_in([tas]))
+        scenario.run(scenario.named(name, scenario.files_in([tas])), runtime, report)
     outcome.why = report.why and report.why + _missing_tas(tas, without)
     outcome.steps = report.as_json()["steps"]
     outcome.requests = from_events(report.events, "start", "done")

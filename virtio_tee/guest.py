@@ -78,7 +78,7 @@ def demo(socket: str | None, pci: str | None, services: Services, scenario: str,
     supplicant = supplicant_of(services)
     driver = open_driver(socket, pci)
     with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
-        scenarios.run(scenario, runtime, report, scenarios.files_in(services.ta_folders))
+        scenarios.run(scenarios.named(scenario, scenarios.files_in(services.ta_folders)), runtime, report)
     driver.close()
     if as_json:
         click.echo(json.dumps(report.as_json()))

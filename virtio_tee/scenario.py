@@ -228,9 +228,14 @@ def files_in(folders: Sequence[str | Path]) -> Files:
     return read
 
 
-def run(name: str, runtime: TeeRuntime, report: Report, files: Files) -> None:
+def named(name: str, files: Files) -> Callable[[TeeRuntime, Report], None]:
+    """The scenario of this name, which has these ``files``."""
+    return lambda runtime, report: SCENARIOS[name](runtime, report, files)
+
+
+def run(job: Callable[[TeeRuntime, Report], None], runtime: TeeRuntime, report: Report) -> None:
     """Run a scenario; what goes wrong stands in the report."""
     try:
-        SCENARIOS[name](runtime, report, files)
+        job(runtime, report)
     except (TeeError, CheckError) as e:
         report.why = report.why or str(e)  # mostly the step that failed has noted it
