@@ -6,18 +6,22 @@ PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (
 	&& echo /usr/bin/python3 || echo python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# of tests/lab/test_optee.py, what make lab-optee has: guests on the software TEE
+NOT_SHORT := $(addprefix --deselect tests/lab/test_optee.py::,test_a_guest_in_the_host test_a_killed_guest)
 READY := $(VENV)/.ready
 
-.PHONY: help demo test long-test check lab-test lab-qemu-linux lab-uml docs clean
+.PHONY: help demo test long-test check lab-test lab-qemu-linux lab-uml lab-optee docs clean
 
 help:
 	@echo 'make demo      run the main job: a guest calls TAs of the software TEE, TAs loaded over RPC'
 	@echo 'make test      unit, property, fuzz and process tests'
-	@echo 'make long-test  1,000,000 fuzzed FF-A calls with a check of every page after each; backends killed 100 times'
+	@echo 'make long-test  1,000,000 fuzzed FF-A calls with a check of every page after each; 6,000 rounds of OCALLs'
+	@echo '               that end badly; backends killed 100 times'
 	@echo 'make check     lint (ruff), formatting, types (mypy --strict), generated documentation'
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
 	@echo 'make lab-uml   the part of it that runs under user-mode-linux, with the kernel driver (first time: 2 minutes)'
+	@echo 'make lab-optee  real OP-TEE, by SMC and by FF-A, in an arm64 machine; a guest VM in it (first time: 8 minutes)'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
@@ -39,6 +43,7 @@ test: $(READY)
 long-test: $(READY)
 	$(RUN) -m ffa.fuzz 1000000
 	$(PYTHON) -m lab.hostdeps --for lab
+	$(RUN) -m pytest -q -m long
 	VIRTIO_TEE_LONG=1 $(RUN) -m pytest -q -m lab tests/lab/test_unpatched_qemu.py
 
 check: $(READY)
@@ -49,7 +54,7 @@ check: $(READY)
 	$(RUN) docs/manpage.py --check
 
 lab-test: $(READY)
-	$(PYTHON) -m lab.hostdeps --for lab
+	$(PYTHON) -m lab.hostdeps --for optee
 	$(RUN) -m lab.qemu build
 	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu qtest
@@ -58,20 +63,29 @@ lab-test: $(READY)
 	$(RUN) -m lab.qemu image --arch aarch64
 	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.uml image
-	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee
+	$(RUN) -m lab.optee build --stack smc45
+	$(RUN) -m pytest -q -m lab tests/lab tests/virtio_tee $(NOT_SHORT)
 
 lab-qemu-linux: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.qemu module
 	$(RUN) -m lab.qemu build --target aarch64-softmmu
 	$(RUN) -m lab.qemu module --arch aarch64
-	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py
+	$(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_hostile.py \
+		tests/lab/test_linux_fuzz.py
 	VIRTIO_TEE_ARCH=aarch64 $(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.uml image
 	$(RUN) -m pytest -q -m lab -k "not pure" tests/lab/test_uml.py tests/lab/test_uml_linux.py
+
+lab-optee: $(READY)
+	$(PYTHON) -m lab.hostdeps --for optee
+	$(RUN) -m lab.qemu build --target aarch64-softmmu
+	$(RUN) -m lab.optee build
+	VIRTIO_TEE_STACKS="smc45 smc410 ffa410+stats" $(RUN) -m pytest -q -m lab tests/lab/test_optee.py
+	$(RUN) -m lab.optee xtest
 
 docs: $(READY)
 	$(RUN) docs/generate.py

@@ -20,6 +20,7 @@ machine NAME              the state diagram of ``device.machines.MACHINES[NAME]`
 features                  what works, by tests with ``@pytest.mark.feature("Group: title")``
 requirements              all requirements, and tests with ``@pytest.mark.requirement("DEV-CTX-3", …)``
 faults                    what docs/faults.toml says, and tests with ``@pytest.mark.fault("quota", …)``
+conformance               the public lists of FF-A tests, and the cases that cover them
 calls                     what a guest's programs call, by tests with ``@pytest.mark.call("TEE_IOC_INVOKE", …)``
 ========================  ==================================================================================
 """
@@ -43,6 +44,9 @@ if str(ROOT) not in sys.path:
 from device import messages, wire  # noqa: E402
 from device.messages import Body, Tail  # noqa: E402
 from device.requests import STATUS_RESULT  # noqa: E402
+from ffa.conformance import runner  # noqa: E402, F401  (fills CASES)
+from ffa.conformance.lists import LISTS  # noqa: E402
+from ffa.conformance.registry import CASES  # noqa: E402
 from pyvhost.codec import Codec, Field  # noqa: E402
 from tee.results import describe  # noqa: E402
 from tee.rpc import RpcCommand, describe_command  # noqa: E402
@@ -532,6 +536,27 @@ def _first_words(text: str, most: int = 16) -> str:
 # -- files
 
 
+def conformance() -> str:
+    """Each public list: how many tests, how many of them are cases that run, what the others are."""
+    rows = []
+    for listed in LISTS:
+        cases = {test: CASES[listed.case_of(test)] for test in listed.tests}
+        left_out: dict[str, list[str]] = {}
+        for test, found in cases.items():
+            if found.body is None:
+                left_out.setdefault(found.why, []).append(f"`{test}`")
+        renamed = [f"`{test}`: `{found.id}`" for test, found in cases.items() if found.id != test]
+        if all(found.id == f"{listed.name}_{test}" for test, found in cases.items()):
+            renamed = [f"all: `{listed.name}_` and the test's name"]
+        runs = sum(found.body is not None for found in cases.values())
+        why = "; ".join(f"{why}: {', '.join(tests)}" for why, tests in left_out.items())
+        rows.append([listed.suite, listed.name, str(len(cases)), str(runs), ", ".join(renamed), why])
+    head = ["suite", "list", "tests", "cases that run", "test: our case, where the name differs", "not applicable"]
+    covered = {listed.case_of(test) for listed in LISTS for test in listed.tests}
+    own = "".join(f"- `{found.id}`\n" for found in CASES.values() if found.id not in covered)
+    return table(head, rows) + f"\nCases that are in none of these lists:\n\n{own}"
+
+
 NAMED: dict[str, Callable[[str], str]] = {"layout": layout, "enum": enum, "machine": machine}
 PLAIN: dict[str, Callable[[], str]] = {
     "queues": queues,
@@ -541,6 +566,7 @@ PLAIN: dict[str, Callable[[], str]] = {
     "statuses": statuses,
     "rpc-commands": rpc_commands,
     "metrics": metrics,
+    "conformance": conformance,
 }
 FROM_TESTS: dict[str, Callable[[str], str]] = {
     "features": features,

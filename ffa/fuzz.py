@@ -442,7 +442,8 @@ class Fuzzer:
             return
         call = found[0].call
         if call is Call.ERROR:
-            self._must(answer.error is not None and not any(answer[3:]), step, answer, "an error without a code")
+            self._must(answer.error is not None and not any(answer[3:8]), step, answer, "an error without a code")
+            self._must(answer[8:] == step.frame[8:], step, answer, "an error does not preserve x8 to x17")
             self.answers[f"{_label(step)}: {answer.error.name if answer.error is not None else ''}"] += 1
             return
         self.answers[f"{_label(step)}: ok"] += 1

@@ -118,9 +118,8 @@ class Exchange:
     done: int = 0  #: position in the trace of when the secure world had answered
 
     def relayed(self, way: tuple[str, str]) -> Record | None:
-        """The first record between that went this way and is part of the call."""
-        resume = fid(Call.NORMAL_WORLD_RESUME)
-        return next((r for r in self.inner if r.way == way and r.x[0] != resume), None)
+        """The first record between that went this way and is part of the call: interrupts come and go within one."""
+        return next((r for r in self.inner if r.way == way and r.x[0] not in _INTERRUPTED), None)
 
     def bytes_of(self, what: str) -> bytes:
         """Bytes recorded with the call."""
@@ -301,8 +300,10 @@ class Replay:
         self.report.differences.append(Difference(record.where, call, what, str(recorded), str(computed)))
 
     def _named(self, record: Record) -> None:
-        if record.call != name(record.x[0] & 0xFFFF_FFFF):
-            self._differ(record, record.call, "name", record.call, name(record.x[0] & 0xFFFF_FFFF))
+        """A record's name is that of its function. Calls that are not FF-A's (PSCI's, …) may have any other."""
+        right = name(record.x[0] & 0xFFFF_FFFF)
+        if record.call != right and (_is_ffa(record.x[0] & 0xFFFF_FFFF) or record.call.startswith("FFA_")):
+            self._differ(record, record.call, "name", record.call, right)
 
     def _boot(self, record: Record, asked: dict[int, Record]) -> None:
         """What firmware's parts say to each other when no call from the normal world is open: SPMD's answers."""
@@ -493,6 +494,7 @@ class Replay:
             model.spmc.served[0].mailbox = None
 
 
+_INTERRUPTED = (fid(Call.NORMAL_WORLD_RESUME), fid(Call.INTERRUPT))
 _CALL_WITH_ARG, _UNREGISTER_SHM = 0x8000_0000, 3
 _GET = fid(Call.NOTIFICATION_GET)
 

@@ -46,7 +46,7 @@ from tee.driver import Done
 from tee.io.notifications import Notifications
 from tee.io.ocalls import OcallServer
 from tee.io.runtime import Pending, TeeRuntime
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc
@@ -171,7 +171,7 @@ class _Temporary(Parameter):
     def prepare(self, context: Context, after: ExitStack, *, register: bool = False) -> Param:
         """See :class:`Parameter`."""
         size = len(self.data)
-        register = size >= REGISTER_FROM or (register and size > 0)
+        register = size > 0 and (register or size >= context.register_from)
         memory = context.borrow(size, after) if register else Memory.of(bytearray(size))
         if self.direction != Direction.OUT:
             memory.write(0, self.data)
@@ -471,9 +471,11 @@ class Session:
 class Context:
     """A connection to a TEE. A context manager; may be used by several threads."""
 
-    def __init__(self, runtime: TeeRuntime, *, vm: str = "") -> None:
-        """``vm`` is for TEEs that serve several machines from one place."""
+    def __init__(self, runtime: TeeRuntime, *, vm: str = "", register_from: int = REGISTER_FROM) -> None:
+        """``vm`` is for TEEs that serve several machines from one place. Temporary memory of ``register_from`` bytes or
+        more is registered for the time of its call: 1 keeps all data out of requests."""
         self._runtime = runtime
+        self.register_from = register_from
         self._shared: set[SharedMemory] = set()
         done = self._call(OpenContext(vm=vm))
         self._context: object | None = done.value
@@ -519,6 +521,16 @@ class Context:
     def register(self, buffer: bytearray | memoryview) -> SharedMemory:
         """``buffer`` itself as shared memory, where the driver can reach memory of this process. Raises TeeError."""
         memory = Memory.of(buffer)
+        self._call(RegisterMemory(context=self.handle, memory=memory))
+        shared = SharedMemory(self, memory, owned=False)
+        self._shared.add(shared)
+        return shared
+
+    def register_handle(self, handle: int, size: int, *, tag: int = 0, read_only: bool = False) -> SharedMemory:
+        """Memory of ``size`` bytes that this VM has shared with the TEE by FF-A; its bytes are not to be seen by this
+        object. Raises TeeError: ITEM_NOT_FOUND, the TEE does not know the handle as this VM's, with this tag;
+        BUSY, it is registered; BAD_PARAMETERS, it has another size; ACCESS_DENIED, it was shared read-only."""
+        memory = Memory(size=size, read_only=read_only, ffa=FfaShare(handle, tag))
         self._call(RegisterMemory(context=self.handle, memory=memory))
         shared = SharedMemory(self, memory, owned=False)
         self._shared.add(shared)

@@ -50,6 +50,7 @@ from device.wire import (
     only_usable,
 )
 from guest_driver.buffers import Buffer, Buffers
+from guest_driver.ffa_memory import FfaMemory, shared_size
 from guest_driver.service_requests import GIVES_BACK, MAX_LISTED, SERVICE_REQUESTS, TAKES
 from guest_driver.transport import Transport, TransportError
 from pyvhost.errors import FormatError, ProtocolError, QueueFull
@@ -65,7 +66,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Notification, RpcWithdrawn, Sink, TeeInfo
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply
@@ -73,7 +74,7 @@ from tee.services import ENTRY_SIZE, CallReturn, ListServices, Loaded, Service, 
 
 log = logging.getLogger(__name__)
 
-DRIVER_FEATURES = (Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION) | (
+DRIVER_FEATURES = (Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE) | (
     Feature.SERVICES | Feature.ATTESTATION | Feature.ENCLAVES
 )
 """Feature bits that this driver knows how to use."""
@@ -153,13 +154,22 @@ class VirtioTeeDriver:
     Raises FormatError if it is not a virtio-tee device that we know, TransportError if it has gone already.
     """
 
-    def __init__(self, transport: Transport, *, now: Callable[[], int] = time.time_ns) -> None:
-        """``now`` tells the guest's time to a TEE that asks for it: nanoseconds since 1970."""
+    def __init__(
+        self, transport: Transport, *, memory: FfaMemory | None = None, now: Callable[[], int] = time.time_ns
+    ) -> None:
+        """``now`` tells the guest's time to a TEE that asks for it: nanoseconds since 1970. With ``memory``, what is
+        allocated is shared with the TEE by FF-A, and the device is told its handle. Raises FormatError: this device
+        takes none."""
         self._transport = transport
         self._now = now
         self._buffers = Buffers(transport)
         self._sink: Sink | None = None
         self._features = Feature(only_usable(transport.features)) & DRIVER_FEATURES
+        if memory is not None and not self._features & Feature.FFA_HANDLE:
+            raise FormatError(
+                "the device takes no FF-A handles: its operator has to name the guest's endpoint (--ffa-vm)"
+            )
+        self._memory: FfaMemory | Transport = memory or transport
         self.config = Config.unpack(transport.read_config(CONFIG.size))
         # a VMM may have been told to make fewer queues than the device could serve
         self._request_queues = min(self.config.num_request_queues, len(transport.queues) - Queue.REQUEST)
@@ -214,6 +224,11 @@ class VirtioTeeDriver:
         """Which TEE stands behind the device."""
         return self.config.info
 
+    @property
+    def max_params(self) -> int:
+        """Parameters that a call can have."""
+        return self.config.limits.max_params
+
     def attach(self, sink: Sink) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
         self._sink = sink
@@ -224,14 +239,14 @@ class VirtioTeeDriver:
 
     def allocate(self, size: int) -> Memory:
         """See :class:`~tee.driver.TeeDriver`."""
-        return self._transport.allocate(size)
+        return self._memory.allocate(size)
 
     def release(self, memory: Memory) -> None:
         """See :class:`~tee.driver.TeeDriver`. What the device may still use stays reserved until it does not."""
         if memory in self._shared or memory in self._kept:
             self._released[memory] = None
         else:
-            self._transport.release(memory)
+            self._memory.release(memory)
 
     def start(self, call: Call) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -471,6 +486,9 @@ class VirtioTeeDriver:
         )
 
     def _register(self, call: RegisterMemory) -> None:
+        if call.memory.ffa is not None:
+            self._register_handle(call, call.memory.ffa)
+            return
         ranges = call.memory.ranges
         limits = self.config.limits
         if (
@@ -487,6 +505,22 @@ class VirtioTeeDriver:
         if call.memory not in self._shared:
             self._shared[call.memory] = call.memory.size
             self._shared_bytes += call.memory.size
+
+    def _register_handle(self, call: RegisterMemory, share: FfaShare) -> None:
+        """Memory that the guest has shared with the TEE by FF-A: the device is not told where it is."""
+        if not self._features & Feature.FFA_HANDLE:
+            raise _RefusedError(Result.NOT_SUPPORTED)
+        if len(self._shared) >= self.config.limits.max_regions:
+            raise _RefusedError(Result.OUT_OF_MEMORY)
+        body = _body(
+            Request.REGISTER_FFA,
+            handle=share.handle,
+            tag=share.tag,
+            size=shared_size(call.memory),
+            flags=RegionFlag.READ_ONLY if call.memory.read_only else 0,
+        )
+        self._request(Request.REGISTER_FFA, body, call, _context(call.context))
+        self._shared.setdefault(call.memory, 0)
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = call.memory.handle
@@ -805,7 +839,7 @@ class VirtioTeeDriver:
         self._shared_bytes -= self._shared.pop(memory, 0)
         if memory in self._released and memory not in self._kept:
             del self._released[memory]
-            self._transport.release(memory)
+            self._memory.release(memory)
 
     def _free_kept(self) -> None:
         """Nothing of an earlier epoch is used any more, once all its requests were returned."""
@@ -825,6 +859,7 @@ class VirtioTeeDriver:
         Request.CLOSE_SESSION: _nothing,
         Request.INVOKE: _invoked,
         Request.REGISTER_MEMORY: _registered,
+        Request.REGISTER_FFA: _registered,
         Request.UNREGISTER_MEMORY: _unregistered,
         Request.SERVICE_LIST: _service_listed,
         Request.SERVICE_LOAD: _service_loaded,

@@ -20,13 +20,14 @@ from pyvhost.memory import GuestMemory
 from pyvhost.messages import Feature as RingFeature
 from pyvhost.vring.api import Chain, DeviceQueue
 from pyvhost.vring.packed import INITIAL_BASE
+from tee.driver import TakesHandles
 
 log = logging.getLogger(__name__)
 
 _NOTIFY_EVERY = 4
 """Completions of calls that took their time after which the driver is signalled while the device goes on working."""
 
-_SIGNAL_S = 30e-6
+_SIGNAL_S = 50e-6
 """Seconds after which it is signalled of requests that are answered one after the other: a signal is dear."""
 
 _BUDGET = 64
@@ -37,7 +38,10 @@ _RPC_RINGS = frozenset({Queue.CONTROL, Queue.EVENT})
 
 
 class TeeDevice(Device):
-    """One guest's device. ``vm`` names the guest to the TEE; ``new_epoch`` gives fresh random 64-bit numbers."""
+    """One guest's device. ``vm`` names the guest to the TEE; ``new_epoch`` gives fresh random 64-bit numbers.
+
+    ``ffa_vm`` is the guest's FF-A endpoint. Raises ValueError: the TEE cannot take memory that this has shared.
+    """
 
     max_queue_size = 1024
     config_size = CONFIG.size
@@ -53,10 +57,16 @@ class TeeDevice(Device):
         clock: Callable[[], float],
         new_epoch: Callable[[], int],
         trace: Recorder | None = None,
+        ffa_vm: int | None = None,
     ) -> None:
+        self.ffa_vm = ffa_vm
+        tee = router.tee
+        if ffa_vm is not None and not (isinstance(tee, TakesHandles) and tee.takes_handles_of(vm, ffa_vm)):
+            raise ValueError(f"the TEE takes no memory that FF-A endpoint {ffa_vm:#x} shares for guest {vm}")
+        self.offered = features_of(tee) if ffa_vm is not None else features_of(tee) & ~Feature.FFA_HANDLE
+        self.features = int(self.offered)
         self.num_queues = Queue.REQUEST + request_queues
         self.router = router
-        self.features = int(features_of(router.tee))
         self.vm = vm
         self.limits = limits
         self.life = LifeState.FRESH
@@ -99,11 +109,12 @@ class TeeDevice(Device):
             self.router.tee,
             self,
             vm=self.vm,
-            features=Feature(only_usable(self.acked_features) & self.features),
+            features=Feature(only_usable(self.acked_features)) & self.offered,
             limits=self.limits,
             clock=self._clock,
             on_drained=self._on_drained,
             trace=self._trace,
+            ffa_vm=self.ffa_vm,
         )
 
     def _live(self, event: LifeEvent) -> LifeAction:
@@ -151,7 +162,7 @@ class TeeDevice(Device):
             self._trace.mark(self.vm, "connected")
 
     def negotiated(self, features: int) -> None:
-        self.epoch.features = Feature(only_usable(features) & self.features)
+        self.epoch.features = Feature(only_usable(features)) & self.offered
 
     def memory_changed(self, memory: GuestMemory) -> None:
         self.memory_version += 1

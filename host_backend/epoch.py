@@ -62,7 +62,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Begun, Done, GenCap, InvokesAtOnce, OffersServices, TeeDriver
-from tee.memory import Memory, Range
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.services import Refusal
@@ -91,11 +91,13 @@ class Epoch:
         clock: Callable[[], float],
         on_drained: Callable[[Epoch], None],
         trace: Recorder | None = None,
+        ffa_vm: int | None = None,
     ) -> None:
         self.number = number
         self.tee = tee
         self.port = port
         self.vm = vm
+        self.ffa_vm = ffa_vm
         self.features = features
         self.limits = limits
         self.ended = False
@@ -121,6 +123,7 @@ class Epoch:
         self._sought_late: dict[int, list[Pending]] = {}
         """Those that came when the search had begun."""
         self._max_calls = limits.max_calls
+        self._logins = tee.info.logins
         self._on_drained = on_drained
         self.trace = trace
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
@@ -177,6 +180,13 @@ class Epoch:
         if context is not None and region.context is not context:
             raise RequestError(Status.NO_REGION, f"region {ident} is not of context {context.ident}")
         return region
+
+    def check_login(self, login: int) -> None:
+        """Raise RequestError(DENIED) for a login that cannot be carried to this TEE."""
+        if login == Login.REE_KERNEL:
+            raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+        if self._logins is not None and login not in self._logins:
+            raise RequestError(Status.DENIED, f"login {login} cannot be carried to this TEE")
 
     def admit(self, request: ParsedRequest) -> None:
         """Raise RequestError where there may not be this request beside those in progress."""
@@ -243,8 +253,7 @@ class Epoch:
     def open_session(self, slot: Slot, request: ParsedRequest) -> None:
         context = self.context_of(request)
         body = request.body
-        if body.client_login == Login.REE_KERNEL:
-            raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+        self.check_login(body.client_login)
         params, regions = self.params_of(request.params, request.data, request.inline_at, context)
         self.admit(request)
         session = SessionEntry(context)
@@ -386,14 +395,34 @@ class Epoch:
         except RequestError:
             region.release()
             raise
-        self.region_bytes += memory.size
-        self.by_memory[id(memory)] = region
-        pending = Pending(self, slot, request, context, Epoch._registered, regions=[region])
-        self.begin(pending, RegisterMemory(owner=pending, context=context.handle, memory=memory))
+        self._register(slot, request, region)
+
+    def register_ffa(self, slot: Slot, request: ParsedRequest) -> None:
+        context = self.context_of(request)
+        body = request.body
+        if body.flags & ~int(RegionFlag.READ_ONLY):
+            raise RequestError(Status.MALFORMED, "unknown flags")
+        if not body.size:
+            raise RequestError(Status.BAD_RANGE, "a region without bytes")
+        self.admit(request)
+        assert self.ffa_vm is not None, "otherwise the feature is not offered"
+        share = FfaShare(body.handle, body.tag, self.ffa_vm)
+        memory = Memory(size=body.size, read_only=bool(body.flags & RegionFlag.READ_ONLY), ffa=share)
+        region = RegionEntry(context, memory, None)
+        region.ident = add(self.regions, region, "regions")
+        self._register(slot, request, region)
+
+    def _register(self, slot: Slot, request: ParsedRequest, region: RegionEntry) -> None:
+        self.region_bytes += region.bytes
+        self.by_memory[id(region.memory)] = region
+        pending = Pending(self, slot, request, region.context, Epoch._registered, regions=[region])
+        self.begin(pending, RegisterMemory(owner=pending, context=region.context.handle, memory=region.memory))
 
     def _registered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         region = pending.regions[0]
         if done.code != Result.SUCCESS:
+            if region.memory.ffa is not None:
+                pending.status = _HANDLE_REFUSED.get(done.code, Status.OK)
             self._forget_region(region)
             return (ids(0),)
         region.ready = True
@@ -551,7 +580,7 @@ class Epoch:
 
     def _check_place(self, region: RegionEntry) -> None:
         """Raise RequestError(BAD_RANGE) if the guest's memory is no longer where the region says."""
-        if region.version != self.port.memory_version:
+        if region.lease is not None and region.version != self.port.memory_version:
             try:
                 self.port.views([(r.address, r.length) for r in region.memory.ranges])[1].release()
             except MemoryFault as e:
@@ -565,12 +594,23 @@ class Epoch:
         if isinstance(pending.call, CloseContext) and self._in_use(pending.context):
             pending.context.then = lambda: self.done(pending, done)
             return
+        if pending.regions:
+            self._log_writes(pending.call)
         self._return(pending, done, pending.finish(self, pending, done))
         # only now: what waits for this memory comes after this request
         used, pending.regions, pending.held = [*pending.regions, *pending.held], [], []
         for region in used:
             self.unuse(region)
         self._drained()
+
+    def _log_writes(self, call: Call | None) -> None:
+        """The TEE has written to regions: a live migration shall copy them, if there is one."""
+        if isinstance(call, Invoke | OpenSession):
+            for param in call.params:
+                if type(param) is MemRef and param.direction is not _IN:
+                    region = self.by_memory.get(id(param.memory))
+                    if region is not None and region.lease is not None:
+                        region.lease.mark_dirty()
 
     def _return(self, pending: Pending, done: Done, rest: tuple[bytes, ...]) -> None:
         """Write the response to a request that has ended, or keep it while the ring is stopped."""
@@ -579,16 +619,16 @@ class Epoch:
             if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
             return
-        status = Status.ABANDONED if done.may_have_run else Status.OK
         if isinstance(done.value, Refusal):
-            status = services.STATUSES[done.value]
+            pending.status = services.STATUSES[done.value]
+        status = Status.ABANDONED if done.may_have_run else pending.status
         if self.trace is not None:
             self.trace.response(self.vm, pending.request.type, pending.request.tag, status, done.code)
-        if status not in (Status.OK, Status.ABANDONED):
-            pending.response = (refusal(status),)
-        elif done.may_have_run:
+        if done.may_have_run:
             # the TEE was lost under the call
             pending.response = (refusal(status, ResponseFlag.MAY_HAVE_RUN),)
+        elif status is not Status.OK:
+            pending.response = (refusal(status),)
         else:
             pending.response = (pack_response(status, done.code, done.origin), *rest)
         self._respond(pending)
@@ -643,7 +683,7 @@ class Epoch:
     def _forget_region(self, region: RegionEntry) -> None:
         if region.ident in self.regions:
             self.regions.remove(region.ident)
-            self.region_bytes -= region.memory.size
+            self.region_bytes -= region.bytes
             del self.by_memory[id(region.memory)]
             region.release()
 
@@ -756,6 +796,7 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.CLOSE_SESSION: Epoch.close_session,
     Request.INVOKE: Epoch.invoke,
     Request.REGISTER_MEMORY: Epoch.register_memory,
+    Request.REGISTER_FFA: Epoch.register_ffa,
     Request.UNREGISTER_MEMORY: Epoch.unregister_memory,
     Request.CANCEL: Epoch.cancel,
     Request.RPC_REPLY: Epoch.rpc_reply,
@@ -765,7 +806,18 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-IMPLEMENTED_FEATURES = services.FEATURES | Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION
+IMPLEMENTED_FEATURES = (
+    Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE
+) | services.FEATURES
+"""FFA_HANDLE is offered to guests whose FF-A endpoint the operator has named, by a TEE that knows it."""
+
+_HANDLE_REFUSED: dict[int, Status] = {
+    Result.ITEM_NOT_FOUND: Status.NOT_FOUND,
+    Result.BUSY: Status.IN_USE,
+    Result.BAD_PARAMETERS: Status.BAD_RANGE,
+    Result.ACCESS_DENIED: Status.DENIED,
+}
+"""What the TEE says of a handle → the status that it means."""
 
 
 def features_of(tee: TeeDriver) -> Feature:

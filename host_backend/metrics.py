@@ -58,6 +58,12 @@ DEFINITIONS = (
     ),
     Definition("virtio_tee_queue_breaks", "counter", ("vm", "queue"), "Queues whose driver broke the ring's rules"),
     Definition(
+        "virtio_tee_regions",
+        "counter",
+        ("vm", "use", "reason"),
+        "Regions that a TEE device of Linux has taken, by how it uses them: in_place, copied",
+    ),
+    Definition(
         "virtio_tee_state",
         "gauge",
         ("vm", "state"),
@@ -119,6 +125,7 @@ class Metrics(Recorder):
         self._connected: dict[tuple[str], int] = {}
         self._resets: dict[tuple[str], int] = {}
         self._breaks: dict[tuple[str, str], int] = {}
+        self._placed: dict[tuple[str, str, str], int] = {}
         self._broken: dict[tuple[str, int], Exception] = {}
         self._started: dict[str, dict[int, int]] = {}
         self._rpc_started: dict[int, int] = {}
@@ -172,6 +179,9 @@ class Metrics(Recorder):
             _count(self._resets, (vm,))
             self._started.pop(vm, None)  # nobody is told how these end
 
+    def placed(self, vm: str, size: int, why: str) -> None:
+        _count(self._placed, (vm, "copied" if why else "in_place", why))
+
     def broken(self, vm: str, index: int, error: Exception) -> None:
         if self._broken.get((vm, index)) is not error:
             self._broken[vm, index] = error
@@ -198,6 +208,7 @@ class Metrics(Recorder):
         yield _family("virtio_tee_connected", self._connected)
         yield _family("virtio_tee_resets", self._resets)
         yield _family("virtio_tee_queue_breaks", self._breaks)
+        yield _family("virtio_tee_regions", self._placed)
         states: dict[tuple[str, str], int] = {}
         objects: dict[tuple[str, str], int] = {}
         limits: dict[tuple[str, str], int] = {}

@@ -11,7 +11,7 @@ from device.wire import RPC_SERVERS, RpcServer
 from host_backend.epoch import Epoch, deliver
 from host_backend.tables import Pending
 from host_backend.trace import Recorder
-from tee.driver import Done, Event, Notification, RpcWithdrawn, TeeDriver
+from tee.driver import Done, Event, Notification, Placed, RpcWithdrawn, TeeDriver
 from tee.results import Result
 from tee.rpc import Rpc, RpcReply, describe_command
 
@@ -113,6 +113,8 @@ class Router:
                 self._route(event)
             elif isinstance(event, Notification):
                 self._notify(event)
+            elif isinstance(event, Placed):
+                self._placed(event)
             else:
                 self._withdraw(event)
         except Exception as e:
@@ -135,6 +137,10 @@ class Router:
         owner = event.owner
         if isinstance(owner, Pending) and not owner.epoch.ended:
             owner.epoch.rpcs.notify(event.value)
+
+    def _placed(self, event: Placed) -> None:
+        if self.trace is not None and isinstance(event.owner, Pending):
+            self.trace.placed(event.owner.epoch.vm, event.size, event.why)
 
     def _route(self, rpc: Rpc) -> None:
         owner = rpc.call.owner if rpc.call is not None else None
@@ -162,7 +168,7 @@ class Router:
 
 def _epoch_of(event: Event) -> Epoch | None:
     """Whose call the event is about."""
-    if isinstance(event, Notification):
+    if isinstance(event, Notification | Placed):
         return getattr(event.owner, "epoch", None)
     call = event.rpc.call if isinstance(event, RpcWithdrawn) else event.call
     return getattr(call.owner, "epoch", None) if call is not None else None

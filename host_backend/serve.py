@@ -40,6 +40,8 @@ class Endpoint:
     vm: str
     path: str | None = None
     fd: int | None = None
+    ffa_vm: int | None = None
+    """The guest's FF-A endpoint, if the TEE takes memory that it shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,9 @@ async def serve(
         listeners = [stack.enter_context(_listen(endpoint)) for endpoint in config.endpoints]
         exporter = stack.enter_context(listen(config.metrics)) if config.metrics is not None else None
         dataplane = stack.enter_context(DataPlane("virtio-tee"))
-        dataplane.post(lambda: _attach(dataplane, router))
+        dataplane.post(lambda: attach(dataplane, router))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_until_signal, nursery.cancel_scope)
+            await nursery.start(_until_signal, nursery.cancel_scope)
             async with trio.open_nursery() as guests:
                 for endpoint, listener in zip(config.endpoints, listeners, strict=True):
                     device = TeeDevice(
@@ -93,6 +95,7 @@ async def serve(
                         clock=time.monotonic,
                         new_epoch=lambda: secrets.randbits(64),
                         trace=trace,
+                        ffa_vm=endpoint.ffa_vm,
                     )
                     device.spin_us = config.spin_us
                     devices.append(device)
@@ -119,7 +122,8 @@ def _listen(endpoint: Endpoint) -> Listener:
         raise OSError(why if where in why else f"{where}: {why}") from None
 
 
-def _attach(dataplane: DataPlane, router: Router) -> None:
+def attach(dataplane: DataPlane, router: Router) -> None:
+    """Have the router's TEE run on the data-plane thread, which is to be the caller's."""
     dataplane.add_runner(router)
     fd = router.tee.fileno()
     if fd is not None:
@@ -131,8 +135,11 @@ async def _serve_one(device: TeeDevice, listener: Listener, dataplane: DataPlane
     await serve_socket(device, listener, dataplane, require_sealed=require_sealed)
 
 
-async def _until_signal(everything: trio.CancelScope) -> None:
+async def _until_signal(
+    everything: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             everything.cancel()

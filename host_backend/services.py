@@ -107,8 +107,7 @@ def service_remove(epoch: Epoch, slot: Slot, request: ParsedRequest) -> None:
 def service_task(epoch: Epoch, slot: Slot, request: ParsedRequest) -> None:
     """SERVICE_TASK."""
     context, body = epoch.context_of(request), request.body
-    if body.client_login == Login.REE_KERNEL:
-        raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+    epoch.check_login(body.client_login)
     params, regions = epoch.params_of(request.params, request.data, request.inline_at, context)
     epoch.admit(request)
     session = SessionEntry(context)

@@ -36,5 +36,8 @@ class Port(Protocol):
 class Leased(Protocol):
     """A hold on mapped guest memory."""
 
+    def mark_dirty(self) -> None:
+        """The memory was written."""
+
     def release(self) -> None:
         """Let go; the mapping may vanish."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from device.machines import CallState
 from device.requests import ParsedRequest
+from device.wire import Status
 from host_backend.slots import Leased, Slot
 from tee.calls import Call
 from tee.driver import Done
@@ -68,6 +69,11 @@ class RegionEntry:
     unregister: Pending | None = None
     """The request to end the registration, once it has come."""
 
+    @property
+    def bytes(self) -> int:
+        """Those that the host holds: none of memory that is named by an FF-A handle."""
+        return self.memory.size if self.memory.ffa is None else 0
+
     def release(self) -> None:
         """Let go of the guest's memory."""
         self.memory.forget()
@@ -98,5 +104,7 @@ class Pending:
     held: list[RegionEntry] = field(default_factory=list)
     """Regions that the guest gave for its RPCs and that the TEE has not given back."""
     state: CallState = CallState.RUNNING
+    status: Status = Status.OK
+    """Another one where what the TEE says means that the request is refused."""
     response: tuple[bytes, ...] = ()
     """Kept while the ring is stopped."""

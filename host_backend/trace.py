@@ -51,6 +51,9 @@ class Recorder:
     def mark(self, vm: str, what: str, **details: Any) -> None:
         """Something happened that has no length: an epoch ended, a frontend came."""
 
+    def placed(self, vm: str, size: int, why: str) -> None:
+        """The TEE uses a region of ``size`` bytes in place; or by copies, and ``why``."""
+
     def broken(self, vm: str, index: int, error: Exception) -> None:
         """A driver has broken the rules of a queue, which is not served any more. May be told again."""
 
@@ -88,6 +91,10 @@ class Recorders(Recorder):
     def mark(self, vm: str, what: str, **details: Any) -> None:
         for one in self._all:
             one.mark(vm, what, **details)
+
+    def placed(self, vm: str, size: int, why: str) -> None:
+        for one in self._all:
+            one.placed(vm, size, why)
 
     def broken(self, vm: str, index: int, error: Exception) -> None:
         for one in self._all:
@@ -138,6 +145,10 @@ class Trace(Recorder):
 
     def mark(self, vm: str, what: str, **details: Any) -> None:
         self._instant(vm, "life", what, details)
+
+    def placed(self, vm: str, size: int, why: str) -> None:
+        name = "region copied" if why else "region in place"
+        self._instant(vm, "life", name, {"bytes": size, **({"reason": why} if why else {})})
 
     def broken(self, vm: str, index: int, error: Exception) -> None:
         if self._broken.get((vm, index)) is not error:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from lab.agent import AgentClient, AgentError
 from lab.run import tail
 
+POLL = 0.03  # s between two looks at a command that runs
 GRACE = 10.0  # what the agent may take beyond a command's own time limit
 
 
@@ -47,7 +48,7 @@ class GuestProcess:
         while (code := self.poll()) is None:
             if time.monotonic() > end:
                 raise GuestError(f"{' '.join(self.argv)} still runs after {timeout:g} s\n{self._said()}")
-            time.sleep(0.1)
+            time.sleep(POLL)
         return code
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
@@ -59,7 +60,7 @@ class GuestProcess:
                 return
             if ended or time.monotonic() > end:
                 raise GuestError(f"{' '.join(self.argv)} did not say {text!r}\n{self._said()}")
-            time.sleep(0.1)
+            time.sleep(POLL)
 
     def kill(self, signal_number: int = signal.SIGKILL) -> None:
         """Signal it and what it started."""

@@ -1,4 +1,4 @@
-"""What the host itself must have installed: `python -m lab.hostdeps --for base|lab`.
+"""What the host itself must have installed: `python -m lab.hostdeps --for base|lab|optee`.
 
 As root the missing Debian packages are installed; for anyone else the exact command is printed and the
 exit status is 2.
@@ -39,7 +39,15 @@ LAB = (
     "xz-utils",
     "zstd",
 )
-SETS: dict[str, tuple[str, ...]] = {"base": BASE, "lab": LAB}
+OPTEE = (
+    *LAB,
+    "device-tree-compiler",
+    "libssl-dev",
+    "python3",
+    "python3-cryptography",
+    "python3-pyelftools",
+)
+SETS: dict[str, tuple[str, ...]] = {"base": BASE, "lab": LAB, "optee": OPTEE}
 
 
 def missing(names: tuple[str, ...]) -> list[str]:

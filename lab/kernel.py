@@ -4,16 +4,51 @@ from __future__ import annotations
 
 import lzma
 import re
+import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lab.cache import LabError
+from lab.apt import Apt, unpack_deb
+from lab.cache import LabError, build_once, digest, say, scratch
 
 ZSTD = b"\x28\xb5\x2f\xfd"
 XZ = b"\xfd7zXZ\0"
 ELF = b"\x7fELF"
+RECIPE = 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    release: str
+    image: Path
+    modules: Path  # the folder of all of them
+
+
+def ensure_kernel(apt: Apt, pattern: str, more: Sequence[str] = ()) -> Kernel:
+    """A kernel, from the cache or unpacked now. `pattern`: the name of its package, whose third word begins the
+    release; `more`: other packages of it, `{}` standing for the release."""
+    package = apt.name_like(pattern)
+    release = package.split("-", 2)[2]
+    debs = apt.debs([package, *(name.format(release) for name in more)]).values()
+
+    def make(new: Path) -> None:
+        say(f"unpacking the kernel {release}")
+        with scratch("kernel") as folder:
+            for deb in debs:
+                unpack_deb(deb, folder)
+            lib = folder / "usr" / "lib" if (folder / "usr" / "lib" / "modules").is_dir() else folder / "lib"
+            modules = lib / "modules" / release
+            places = (folder / "boot" / f"vmlinuz-{release}", modules / "vmlinuz")
+            image = next(path for path in places if path.is_file()).read_bytes()
+            (new / "vmlinux").write_bytes(unpacked_image(image) or image)
+            shutil.move(modules, new / "modules")
+
+    key = digest(str(RECIPE), *(deb.parent.name for deb in debs))
+    root = build_once("guest-kernel", f"{release}-{key}", make)
+    return Kernel(release, root / "vmlinux", root / "modules")
 
 
 def unpacked_image(bzimage: bytes) -> bytes | None:

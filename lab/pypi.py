@@ -13,8 +13,13 @@ from lab.cache import LabError, build_once, digest, say, scratch, sha256_of
 from lab.lock import File, Lock, Pin
 from lab.run import output
 
-# pip must not find what a folder on this machine happens to hold for another Python
-GUEST_PYTHON = ("--python-version=3.11", "--implementation=cp", "--abi=cp311", "--abi=abi3", "--abi=none")
+DEFAULT_PYTHON = "3.11"
+
+
+def for_python(version: str) -> tuple[str, ...]:
+    """pip must not find what a folder on this machine happens to hold for another Python."""
+    number = version.replace(".", "")
+    return f"--python-version={version}", "--implementation=cp", f"--abi=cp{number}", "--abi=abi3", "--abi=none"
 
 
 def split_wheel_name(name: str) -> tuple[str, str]:
@@ -23,15 +28,21 @@ def split_wheel_name(name: str) -> tuple[str, str]:
     return re.sub(r"[-_.]+", "-", project).lower(), version
 
 
-def wheels(names: Sequence[str], arch: str, platforms: Sequence[str], lock: Lock | None = None) -> dict[str, Path]:
+def wheels(
+    names: Sequence[str],
+    arch: str,
+    platforms: Sequence[str],
+    python: str = DEFAULT_PYTHON,
+    lock: Lock | None = None,
+) -> dict[str, Path]:
     """Project → wheel for the guest's Python, of the locked version where PyPI still has it."""
     lock = lock or Lock()
-    section = f"pypi/{arch}"
+    section = f"pypi/{arch}" if python == DEFAULT_PYTHON else f"pypi/{arch}/{python}"
     pins = {name: lock.get(section, name) for name in names}
     for name, pin in pins.items():
         if pin is not None and pin.is_stored:
             continue
-        found = _download(name, pin, section, platforms)
+        found = _download(name, pin, section, [*for_python(python), *(f"--platform={one}" for one in platforms)])
         lock.put(section, {name: found})
         pins[name] = found
     return {name: pin.files[0].stored for name, pin in pins.items() if pin is not None}
@@ -52,10 +63,10 @@ def _make_venv(path: Path) -> None:
     output([sys.executable, "-m", "venv", "--copies", path])
 
 
-def _download(name: str, pin: Pin | None, section: str, platforms: Sequence[str]) -> Pin:
+def _download(name: str, pin: Pin | None, section: str, fitting: Sequence[str]) -> Pin:
     with scratch("wheel") as folder:
         fetch: list[str | Path] = [*_pip(), "download", "-q", "--no-deps", "--only-binary=:all:"]
-        fetch += [*GUEST_PYTHON, *(f"--platform={one}" for one in platforms), "-d", folder]
+        fetch += [*fitting, "-d", folder]
         try:
             output([*fetch, f"{name}=={pin.version}" if pin else name])
         except LabError:

@@ -10,6 +10,7 @@ import configparser
 import shutil
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab.apt import Apt, unpack_debs
@@ -24,25 +25,7 @@ OUR_PACKAGES = ("pyvhost", "tee", "device", "guest_driver", "host_backend", "ffa
 KERNEL_DRIVER = ("guest_driver", "linux")  # in C: nothing for Python
 GUEST_FILES = REPO / "lab" / "guest"
 
-SUITE = "bookworm"
-PYTHON = (
-    "libbz2-1.0",
-    "libc6",
-    "libcrypt1",
-    "libexpat1",
-    "libffi8",
-    "libgcc-s1",
-    "liblzma5",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
-    "libsqlite3-0",
-    "libssl3",
-    "libuuid1",
-    "python3.11",
-    "python3.11-minimal",
-    "zlib1g",
-)
-DEBS = ("busybox-static", *PYTHON)
+
 WHEELS = (
     "attrs",
     "cffi",
@@ -60,6 +43,75 @@ WHEELS = (
     "sortedcontainers",
     "trio",
 )
+
+
+@dataclass(frozen=True)
+class System:
+    """A Debian release that guests have, with its Python."""
+
+    suite: str
+    python: str
+    packages: tuple[str, ...]  # Python's, with all that they need
+    wheels: tuple[str, ...] = WHEELS  # of PyPI, what our packages need
+
+    @property
+    def stdlib(self) -> str:
+        return f"usr/lib/python{self.python}"
+
+    @property
+    def local(self) -> str:
+        """Where this checkout's packages go."""
+        return f"usr/local/lib/python{self.python}/dist-packages"
+
+    @property
+    def not_needed(self) -> tuple[str, ...]:
+        folders = ("ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtledemo")
+        return ("usr/include", "usr/share", *(f"{self.stdlib}/{name}" for name in folders))
+
+
+BOOKWORM = System(
+    "bookworm",
+    "3.11",
+    (
+        "libbz2-1.0",
+        "libc6",
+        "libcrypt1",
+        "libexpat1",
+        "libffi8",
+        "libgcc-s1",
+        "liblzma5",
+        "libpython3.11-minimal",
+        "libpython3.11-stdlib",
+        "libsqlite3-0",
+        "libssl3",
+        "libuuid1",
+        "python3.11",
+        "python3.11-minimal",
+        "zlib1g",
+    ),
+)
+TRIXIE = System(
+    "trixie",
+    "3.13",
+    (
+        "libbz2-1.0",
+        "libc6",
+        "libexpat1",
+        "libffi8",
+        "libgcc-s1",
+        "liblzma5",
+        "libpython3.13-minimal",
+        "libpython3.13-stdlib",
+        "libsqlite3-0",
+        "libssl3t64",
+        "libuuid1",
+        "libzstd1",
+        "python3.13",
+        "python3.13-minimal",
+        "zlib1g",
+    ),
+)
+BUSYBOX = "busybox-static"
 APPLETS = tuple(
     """
     [ awk basename cat chmod chown cp cttyhack cut date dd df dirname dmesg du echo env expr false find free grep
@@ -68,32 +120,19 @@ APPLETS = tuple(
     tail tee test time timeout top touch tr true umount uname uniq vi wc which xargs yes
     """.split()  # noqa: SIM905
 )
-NOT_NEEDED = (
-    "usr/include",
-    "usr/share",
-    "usr/lib/python3.11/ensurepip",
-    "usr/lib/python3.11/idlelib",
-    "usr/lib/python3.11/lib2to3",
-    "usr/lib/python3.11/pydoc_data",
-    "usr/lib/python3.11/test",
-    "usr/lib/python3.11/tkinter",
-    "usr/lib/python3.11/turtledemo",
-)
-STDLIB = "usr/lib/python3.11"
 SITE = "usr/lib/python3/dist-packages"  # where Debian's Python looks, without any variable set
-LOCAL = "usr/local/lib/python3.11/dist-packages"
 PROGRAMS = (b"#!", b"\x7fELF")  # how their files begin
 RECIPE = 3
 
 
-def ensure_base(arch: Arch = HOST) -> Path:
+def ensure_base(arch: Arch = HOST, system: System = BOOKWORM) -> Path:
     """The folder with `base.cpio`, and `root/`, what is in it: Python, busybox, PyPI's packages; no kernel modules."""
-    debs = Apt(SUITE, arch.debian).debs((*DEBS, *arch.packages))
-    packages = wheels(WHEELS, arch.debian, arch.wheels)
+    debs = Apt(system.suite, arch.debian).debs((BUSYBOX, *system.packages, *arch.packages))
+    packages = wheels(system.wheels, arch.debian, arch.wheels, system.python)
     key = digest(
         str(RECIPE),
         *APPLETS,
-        *NOT_NEEDED,
+        *system.not_needed,
         *(p.parent.name for p in (*debs.values(), *packages.values())),
     )
 
@@ -101,14 +140,14 @@ def ensure_base(arch: Arch = HOST) -> Path:
         say(f"building the guest's file system of {len(debs)} Debian packages and {len(packages)} wheels")
         root = new / "root"
         unpack_debs(debs.values(), root)
-        _finish_root(root, root / "usr" / "lib" / arch.triplet)
+        _finish_root(root, arch, system)
         site = root / SITE
         site.mkdir(parents=True, exist_ok=True)
         for wheel in packages.values():
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
-        _compile_python(root, [STDLIB, SITE])
-        _drop_sources(root / STDLIB)
+        _compile_python(root, system, [system.stdlib, SITE])
+        _drop_sources(root, system)
         with (new / "base.cpio").open("wb") as out:
             write_tree(root, out)
         say(f"the guest's file system has {(new / 'base.cpio').stat().st_size / 1e6:.0f} MB")
@@ -116,8 +155,9 @@ def ensure_base(arch: Arch = HOST) -> Path:
     return build_once("guest-base", key, make)
 
 
-def _finish_root(root: Path, libraries: Path) -> None:
-    for path in (*(root / name for name in NOT_NEEDED), libraries / "audit", libraries / "gconv"):
+def _finish_root(root: Path, arch: Arch, system: System) -> None:
+    libraries = root / "usr" / "lib" / arch.triplet
+    for path in (*(root / name for name in system.not_needed), libraries / "audit", libraries / "gconv"):
         shutil.rmtree(path, ignore_errors=True)
     for folder in ("dev", "proc", "sys", "tmp", "run", "root", "mnt", "etc", "var", "usr/local/bin"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -127,29 +167,30 @@ def _finish_root(root: Path, libraries: Path) -> None:
             applet.symlink_to("busybox")
     python = root / "usr" / "bin" / "python3"
     if not python.is_symlink():
-        python.symlink_to("python3.11")
+        python.symlink_to(f"python{system.python}")
     (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     (root / "etc" / "group").write_text("root:x:0:\nnogroup:x:65534:\n")
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
 
 
-def _compile_python(root: Path, folders: Sequence[str]) -> None:
+def _compile_python(root: Path, system: System, folders: Sequence[str]) -> None:
     """Compile with the guest's Python, of this machine's architecture, so that the guest need not, on its slow CPU."""
-    home = Apt(SUITE, HOST.debian).tree(PYTHON) / "usr"
+    home = Apt(system.suite, HOST.debian).tree(system.packages) / "usr"
     libraries = home / "lib" / HOST.triplet
     command: list[str | Path] = [
-        *(libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, home / "bin" / "python3.11"),
-        *("-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-s", root, "-p", "/"),
+        *(libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, home / "bin" / f"python{system.python}"),
+        *("-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", root, "-p", "/"),
     ]
     env = {"PYTHONHOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     output([*command, *(root / f for f in folders)], env=env)
 
 
-def _drop_sources(stdlib: Path) -> None:
+def _drop_sources(root: Path, system: System) -> None:
     """Keep only the compiled standard library: the initramfs is unpacked at each boot."""
+    stdlib, suffix = root / system.stdlib, f".cpython-{system.python.replace('.', '')}.pyc"
     for cache in sorted(stdlib.rglob("__pycache__")):
-        for compiled in cache.glob("*.cpython-311.pyc"):
-            source = cache.parent / f"{compiled.name.removesuffix('.cpython-311.pyc')}.py"
+        for compiled in cache.glob(f"*{suffix}"):
+            source = cache.parent / f"{compiled.name.removesuffix(suffix)}.py"
             if source.exists() and not source.is_symlink():
                 compiled.replace(source.with_suffix(".pyc"))
                 source.unlink()
@@ -177,7 +218,7 @@ def ensure_modules(ordered: Sequence[tuple[str, bytes]]) -> Path:
 # -- this checkout ------------------------------------------------------------------------------------------
 
 
-def _our_files() -> dict[str, bytes]:
+def _our_files(system: System) -> dict[str, bytes]:
     """Path in the guest → contents, of what the checkout gives to it."""
     files: dict[str, bytes] = {
         "init": (GUEST_FILES / "init").read_bytes(),
@@ -187,12 +228,12 @@ def _our_files() -> dict[str, bytes]:
         for path in sorted((REPO / package).rglob("*")):
             parts = path.relative_to(REPO).parts
             if path.is_file() and "__pycache__" not in parts and parts[:2] != KERNEL_DRIVER:
-                files[f"{LOCAL}/{'/'.join(parts)}"] = path.read_bytes()
+                files[f"{system.local}/{'/'.join(parts)}"] = path.read_bytes()
     version = _version()
     entry = "#!/usr/bin/python3\nimport sys\n\nfrom virtio_tee.__main__ import main\n\nsys.exit(main())\n"
     files["usr/local/bin/virtio-tee"] = entry.encode()
     metadata = f"Metadata-Version: 2.1\nName: virtio-tee\nVersion: {version}\n"
-    files[f"{LOCAL}/virtio_tee-{version}.dist-info/METADATA"] = metadata.encode()
+    files[f"{system.local}/virtio_tee-{version}.dist-info/METADATA"] = metadata.encode()
     return files
 
 
@@ -202,9 +243,9 @@ def _version() -> str:
     return parser.get("metadata", "version", fallback="0")
 
 
-def ensure_checkout(extra: Sequence[tuple[str, Path]] = ()) -> Path:
+def ensure_checkout(extra: Sequence[tuple[str, Path]] = (), system: System = BOOKWORM) -> Path:
     """`ours.cpio`: what this checkout gives to a guest. `extra`: files to add, each as (path there, file here)."""
-    files = _our_files()
+    files = _our_files(system)
     for name, path in extra:
         if not path.is_file():
             raise LabError(f"{path}, meant for the guest's {name}, is not there")
@@ -221,7 +262,7 @@ def ensure_checkout(extra: Sequence[tuple[str, Path]] = ()) -> Path:
         for path in [p for p in root.rglob("*") if p.is_dir()]:
             path.chmod(0o755)
         try:
-            _compile_python(root, [LOCAL, "usr/local/lib/lab"])
+            _compile_python(root, system, [system.local, "usr/local/lib/lab"])
         except LabError as error:
             # a file that does not compile is for the guest to complain about, if it is used there
             say(f"not all of this checkout compiles:\n{tail(str(error), 5)}")

@@ -92,7 +92,8 @@ class Invoke(Call):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class RegisterMemory(Call):
-    """Makes ``memory`` known to the TEE, which uses it in place where it can. Done has set ``memory.handle``."""
+    """Makes ``memory`` known to the TEE, which uses it in place where it can. Done has set ``memory.handle``. Memory
+    that has ``ffa`` is for drivers that are :class:`~tee.driver.TakesHandles`."""
 
     context: object
     memory: Memory

@@ -53,6 +53,8 @@ class TeeInfo:
     impl_id: int
     impl_caps: int
     gen_caps: int
+    logins: frozenset[int] | None = None
+    """Logins that it can be told faithfully; None: all. Sessions with others are not to be opened."""
 
 
 @dataclass(slots=True)
@@ -85,7 +87,16 @@ class Notification:
     owner: object = None
 
 
-Event = Done | Rpc | RpcWithdrawn | Notification
+@dataclass(slots=True)
+class Placed:
+    """A region of ``size`` bytes, registered by ``owner``, is used in place from now on; or by copies, and ``why``."""
+
+    owner: object
+    size: int
+    why: str = ""
+
+
+Event = Done | Rpc | RpcWithdrawn | Notification | Placed
 Sink = Callable[[Event], None]
 
 
@@ -126,6 +137,19 @@ class TeeDriver(Protocol):
 
     def usage(self) -> dict[str, int]:
         """How many there are now of what this driver keeps, by name: for metrics, and to see that nothing is left."""
+
+
+@runtime_checkable
+class TakesHandles(Protocol):
+    """What a driver can offer besides: memory that a VM has shared with the TEE by FF-A, and that is only named here.
+
+    RegisterMemory of a memory that has ``ffa`` then ends with ITEM_NOT_FOUND: the TEE cannot get it as that VM's with
+    this handle and tag; BUSY: it is registered already; BAD_PARAMETERS: it has another size; ACCESS_DENIED: the TEE may
+    only read it, and it is not to be registered read-only. When it is unregistered, the TEE has relinquished it.
+    """
+
+    def takes_handles_of(self, vm: str, owner: int) -> bool:
+        """Whether contexts that are opened for ``vm`` may name memory of FF-A endpoint ``owner``."""
 
 
 class Begun(Protocol):

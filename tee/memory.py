@@ -15,17 +15,29 @@ class Range:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class FfaShare:
+    """Memory that was shared with the TEE by FF-A, as others can name it.
+
+    ``handle`` and ``tag`` have 64 bits; ``owner`` is the endpoint that has shared it (0: whoever names it).
+    """
+
+    handle: int
+    tag: int = 0
+    owner: int = 0
+
+
 class Memory:
     """A run of bytes, in one piece here or in several.
 
     ``segments`` are this side's views of the bytes, in order (none where this side has no mapping: an FF-A handle).
     ``ranges`` say where the same bytes lie for the other side, where that is known. ``handle`` belongs to the
     :class:`~tee.driver.TeeDriver` with which the memory is registered; None means that it is registered with none, and
-    a call that names it passes it as temporary memory. ``ffa_handle`` is the 64-bit FF-A memory handle, if that is how
-    the bytes were shared.
+    a call that names it passes it as temporary memory. ``ffa`` says how the bytes were shared with the TEE by FF-A, if
+    they were.
     """
 
-    __slots__ = ("_segments", "_starts", "ffa_handle", "handle", "ranges", "read_only", "size")
+    __slots__ = ("_segments", "_starts", "ffa", "handle", "ranges", "read_only", "size")
 
     def __init__(
         self,
@@ -34,7 +46,7 @@ class Memory:
         ranges: Sequence[Range] = (),
         size: int | None = None,
         read_only: bool = False,
-        ffa_handle: int | None = None,
+        ffa: FfaShare | None = None,
     ) -> None:
         self._segments = tuple(segments)
         self._starts: list[int] = []
@@ -45,7 +57,7 @@ class Memory:
         self.size = total if size is None else size
         self.ranges = tuple(ranges)
         self.read_only = read_only
-        self.ffa_handle = ffa_handle
+        self.ffa = ffa
         self.handle: object | None = None
 
     @classmethod
@@ -85,6 +97,11 @@ class Memory:
         for piece in self._pieces(offset, len(data)):
             piece[:] = data[done : done + len(piece)]
             done += len(piece)
+
+    def pieces(self, offset: int, size: int) -> list[memoryview]:
+        """The bytes in place, in order. Raises ValueError outside the memory."""
+        self._check(offset, size)
+        return self._pieces(offset, size)
 
     def forget(self) -> None:
         """Give up the views: from here on nothing can be read or written through this object."""

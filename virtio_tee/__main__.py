@@ -16,6 +16,7 @@ COMMANDS = {
     "ta": "virtio_tee.ta:ta",
     "decode": "virtio_tee.cli_decode:decode",
     "ffa": "virtio_tee.ffa:ffa",
+    "compare": "virtio_tee.compare.command:compare",
     "bench": "virtio_tee.bench.command:bench",
 }
 """Name → where the click command is."""

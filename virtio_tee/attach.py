@@ -11,17 +11,48 @@ import click
 
 if TYPE_CHECKING:
     from guest_driver.core import VirtioTeeDriver
+    from tee.io.linux_driver import LinuxTeeDriver
     from tee.io.supplicant import Services, Supplicant
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --socket and --pci."""
+    """Adds --socket, --pci and --tee."""
+    command = click.option(
+        "--tee",
+        metavar="PATH",
+        help="Use a TEE device of Linux instead: /dev/tee0. RPCs then are its supplicant's, and the options about "
+        "what the supplicant serves are of no use.",
+    )(command)
     command = click.option(
         "--pci", metavar="ADDRESS", help="PCI device to drive, e.g. 0000:00:03.0. Default: the only one."
     )(command)
     return click.option(
         "--socket", metavar="PATH", help="Play the VM: attach to a backend's vhost-user socket instead of a PCI device."
     )(command)
+
+
+SCENARIOS = ("main", "ocall", "grpc", "services", "enclaves")
+
+
+def scenario_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --scenario; the command gets ``name``."""
+    return click.option(
+        "--scenario", "name", type=click.Choice(SCENARIOS), default="main", show_default=True, help="What is done."
+    )(command)
+
+
+def open_any(socket: str | None, pci: str | None, tee: str | None) -> VirtioTeeDriver | LinuxTeeDriver:
+    """The driver of the chosen device, or of the kernel's. Raises click.ClickException that says what to do."""
+    if tee is None:
+        return open_driver(socket, pci)
+    if socket or pci:
+        raise click.UsageError("--tee goes with neither --socket nor --pci")
+    from virtio_tee.linux_tee import open_linux
+
+    try:
+        return open_linux(Path(tee))
+    except OSError as e:
+        raise click.ClickException(str(e)) from None
 
 
 def open_driver(socket: str | None, pci: str | None) -> VirtioTeeDriver:
@@ -70,9 +101,6 @@ def _pci(address: str | None, wanted: int) -> Any:
     except PciError as e:
         raise click.ClickException(str(e)) from None
 
-
-SCENARIO_NAMES = ("main", "services", "enclaves")
-"""What a demo can show (:data:`virtio_tee.scenario.SCENARIOS`)."""
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 

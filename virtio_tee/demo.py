@@ -9,13 +9,16 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tee.soft.examples import UUIDS, source
-from virtio_tee.attach import FOLDER, SCENARIO_NAMES, open_driver, supplicant_of, ta_folders
-from virtio_tee.outcome import Outcome, from_events, from_trace, show
+from virtio_tee.attach import FOLDER, open_driver, scenario_option, supplicant_of, ta_folders
+from virtio_tee.outcome import Exchange, Outcome, from_events, from_trace, show
+
+if TYPE_CHECKING:
+    from tee.io.supplicant import Services
 
 GUEST_TIMEOUT_S = 60
 READY_TIMEOUT_S = 20
@@ -31,19 +34,22 @@ THE_ONLY_ONE = "auto"
     help="How the guest reaches the TEE: its virtio-tee device, or OP-TEE over FF-A.",
 )
 @click.option(
-    "--scenario",
-    type=click.Choice(SCENARIO_NAMES),
-    default="main",
+    "--tee",
+    "kind",
+    type=click.Choice(["soft", "ffa"]),
+    default="soft",
     show_default=True,
-    help="What is shown: the main job, services, or server enclaves.",
+    help="With --path virtio: the backend's TEE (serve --tee).",
 )
+@scenario_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of the timeline.")
 @click.option(
     "--device",
     is_flag=False,
     flag_value=THE_ONLY_ONE,
-    metavar="[ADDRESS]",
-    help="In a guest: use its TEE device, by PCI address (0000:00:03.0) or the only one, and the backend behind it.",
+    metavar="[ADDRESS|PATH]",
+    help="In a guest: use its TEE device, by PCI address (0000:00:03.0) or the only one, and the backend behind it. On "
+    "any machine: a TEE device of Linux, by its path (/dev/tee0).",
 )
 @click.option(
     "--ta-folder",
@@ -68,7 +74,8 @@ THE_ONLY_ONE = "auto"
 )
 def demo(
     path: str,
-    scenario: str,
+    kind: str,
+    name: str,
     as_json: bool,
     device: str | None,
     ta_places: tuple[Path, ...],
@@ -77,30 +84,39 @@ def demo(
 ) -> None:
     """Show the main job in a few seconds: a guest loads TAs over RPC and calls them through a virtio-tee device.
 
-    Two processes: the backend (virtio-tee serve --tee soft) and a guest, which attaches to its vhost-user socket
+    Two processes: the backend (virtio-tee serve) and a guest, which attaches to its vhost-user socket
     with memory of its own, as a VM does. The TAs are signed with a throw-away key and lie in the guest's folder;
     the backend has only the public key.
 
     With --path ffa the same over the model of FF-A, in one process: hypervisor, SPMC, and OP-TEE's partition with the
     software TEE behind it.
 
+    Scenarios: main, as above; ocall, a TA calls the client that called it; grpc, the same by way of the generic RPC
+    pseudo-TA.
+
     Inside a guest, --device runs the same on the real device: the TAs hello_world, random and probe, signed by a key
-    that the backend trusts, have to lie in the guest's folder.
+    that the backend trusts, have to lie in the guest's folder. --device /dev/tee0 does it by way of the kernel's
+    driver: the demo serves the TEE's RPCs on /dev/teepriv0, unless a supplicant runs that does.
 
     Exit status 1: something failed.
     """
+    if kind != "soft" and (path != "virtio" or device is not None):
+        raise click.UsageError("--tee is of the backend that the demo starts: not with --path ffa, nor with --device")
     if device is not None:
         if path != "virtio":
             raise click.UsageError("--device is on the virtio path")
         if folder or without:
             raise click.UsageError("--folder and --without-ta do not go with --device: the TAs are the guest's")
-        outcome = _on_device(None if device == THE_ONLY_ONE else device, ta_places, scenario)
+        if device.startswith("/"):
+            outcome = _on_linux(name, Path(device), ta_places)
+        else:
+            outcome = _on_device(name, None if device == THE_ONLY_ONE else device, ta_places)
     else:
         if ta_places:
             raise click.UsageError("--ta-folder goes with --device; otherwise the demo signs its own (--folder)")
         with ExitStack() as stack:
             where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="virtio-tee-")))
-            outcome = (_over_ffa if path == "ffa" else _two_processes)(where, without, scenario)
+            outcome = _over_ffa(name, where, without) if path == "ffa" else _two_processes(name, where, without, kind)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:
@@ -108,22 +124,19 @@ def demo(
     sys.exit(0 if outcome.result == "ok" else 1)
 
 
-def _on_device(address: str | None, folders: tuple[Path, ...], name: str) -> Outcome:
+def _on_device(name: str, address: str | None, folders: tuple[Path, ...]) -> Outcome:
     """In this process, on the PCI device; the driver counts requests and RPCs, where they leave and arrive."""
     from tee.driver import TeeKind
     from tee.io.runtime import TeeRuntime
-    from tee.io.supplicant import Services
     from virtio_tee import scenario
+    from virtio_tee.report import Report
 
-    found = ta_folders(folders)
-    if not found:
-        raise click.UsageError("no TAs: put those that the backend trusts into /lib/optee_armtz, or say --ta-folder")
     start = time.monotonic()
-    report = scenario.Report()
-    supplicant = supplicant_of(Services(ta_folders=tuple(str(folder) for folder in found)))
+    report = Report()
+    supplicant = supplicant_of(_services(folders))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
-            scenario.run(scenario.named(name, scenario.files_in(found)), runtime, report)
+            scenario.run(scenario.job_of(name, ta_folders(folders)), runtime, report)
         kind = driver.info.kind
     seen = report.as_json()
     return Outcome(
@@ -136,7 +149,44 @@ def _on_device(address: str | None, folders: tuple[Path, ...], name: str) -> Out
     )
 
 
-def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
+def _on_linux(name: str, path: Path, folders: tuple[Path, ...]) -> Outcome:
+    """In this process, on the kernel's driver; its RPCs are served, and noted, beside it, where nobody else does."""
+    from tee.io.runtime import TeeRuntime
+    from virtio_tee import linux_tee, scenario
+    from virtio_tee.report import Report
+
+    start = time.monotonic()
+    report = Report()
+    rpcs: list[Exchange] = []
+    try:
+        driver = linux_tee.open_linux(path)
+    except OSError as e:
+        raise click.ClickException(str(e)) from None
+    with closing(driver), closing(supplicant_of(_services(folders))) as supplicant:
+        linux_tee.serve_beside(path, supplicant, rpcs.append)
+        with TeeRuntime(driver, None, report.observe) as runtime:
+            scenario.run(scenario.job_of(name, ta_folders(folders)), runtime, report)
+    return Outcome(
+        why=report.why,
+        elapsed_s=time.monotonic() - start,
+        tee="linux",
+        path="linux",
+        steps=report.as_json()["steps"],
+        requests=from_events(report.events, "start", "done"),
+        rpcs=rpcs,
+    )
+
+
+def _services(folders: tuple[Path, ...]) -> Services:
+    from tee.io.supplicant import Services
+
+    found = ta_folders(folders)
+    if not found:
+        raise click.UsageError("no TAs: put those that the TEE trusts into /lib/optee_armtz, or say --ta-folder")
+    return Services(ta_folders=tuple(str(folder) for folder in found))
+
+
+def _over_ffa(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:
     """In this process; the driver counts requests and RPCs, where they leave and arrive."""
     import secrets
 
@@ -147,12 +197,13 @@ def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
     from virtio_tee import scenario
     from virtio_tee.ffa_vm import ffa_driver
     from virtio_tee.keys import public_key
+    from virtio_tee.report import Report
 
     start = time.monotonic()
     tas = _prepare(folder)
-    for left_out in without:
-        (tas / f"{UUIDS[left_out]}.ta").unlink(missing_ok=True)
-    outcome, report = Outcome(path="ffa"), scenario.Report()
+    for ta in without:
+        (tas / f"{UUIDS[ta]}.ta").unlink(missing_ok=True)
+    outcome, report = Outcome(path="ffa"), Report()
     tee = SoftTee(
         clock=time.monotonic,
         random=secrets.token_bytes,
@@ -169,7 +220,7 @@ def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
         closing(driver),
         TeeRuntime(driver, supplicant, report.observe) as runtime,
     ):
-        scenario.run(scenario.named(name, scenario.files_in([tas])), runtime, report)
+        scenario.run(scenario.job_of(name, [tas]), runtime, report)
     outcome.why = report.why and report.why + _missing_tas(tas, without)
     outcome.steps = report.as_json()["steps"]
     outcome.requests = from_events(report.events, "start", "done")
@@ -178,13 +229,13 @@ def _over_ffa(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
     return outcome
 
 
-def _two_processes(folder: Path, without: tuple[str, ...], name: str) -> Outcome:
+def _two_processes(name: str, folder: Path, without: tuple[str, ...], kind: str) -> Outcome:
     """The backend counts requests and RPCs, where they arrive and leave."""
     start = time.monotonic()
-    outcome = Outcome()
+    outcome = Outcome(tee=kind)
     tas = _prepare(folder)
-    for left_out in without:
-        (tas / f"{UUIDS[left_out]}.ta").unlink(missing_ok=True)
+    for ta in without:
+        (tas / f"{UUIDS[ta]}.ta").unlink(missing_ok=True)
     trace = folder / "trace.json"
     with tempfile.TemporaryDirectory(prefix="vtee-") as sockets:
         socket = Path(sockets) / "tee.sock"
@@ -192,12 +243,13 @@ def _two_processes(folder: Path, without: tuple[str, ...], name: str) -> Outcome
             [
                 *_SELF,
                 "serve",
+                "--tee",
+                kind,
                 "--socket-path",
                 str(socket),
                 "--ta-key",
                 str(folder / "vendor.pem"),
-                "--attestation-key",
-                str(folder / "attester.key"),
+                *(("--attestation-key", str(folder / "attester.key")) if kind == "soft" else ()),
                 *_SERVE,
                 str(trace),
             ],
@@ -212,12 +264,12 @@ def _two_processes(folder: Path, without: tuple[str, ...], name: str) -> Outcome
                     *_SELF,
                     "guest",
                     "demo",
+                    "--scenario",
+                    name,
                     "--socket",
                     str(socket),
                     "--ta-folder",
                     str(tas),
-                    "--scenario",
-                    name,
                     "--json",
                 ],
                 stdin=subprocess.DEVNULL,

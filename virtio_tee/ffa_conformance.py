@@ -19,7 +19,7 @@ from ffa.conformance.runner import Result
     "--against",
     metavar="mutants|MODULE:FACTORY",
     help="What to call: FACTORY(bench) returns an object with call(caller, frame, vcpu). Default: our roles. "
-    "'mutants': our roles with one defect after the other (takes a minute).",
+    "'mutants': our roles with one defect after the other (takes two minutes).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: each case with its calls and checks, and counts.")
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and run none.")
@@ -27,8 +27,8 @@ from ffa.conformance.runner import Result
 def conformance(against: str | None, as_json: bool, only_list: bool, only: str) -> None:
     """Run cases named after the public conformance suites.
 
-    Their ids are those of Arm's ACS, so that results can be laid side by side; four are Hafnium's. Exit status: 1 if a
-    case fails, or if a mutant is found by none.
+    Their ids are those of Arm's ACS, Hafnium and tf-a-tests, so that results can be laid side by side. Exit status: 1
+    if a case fails, or if a mutant is found by none.
     """
     cases = runner.select(only)
     if not cases:

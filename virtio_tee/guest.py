@@ -11,11 +11,13 @@ from uuid import UUID
 
 import click
 
-from virtio_tee.attach import SCENARIO_NAMES, device_options, open_driver, service_options, supplicant_of
+from virtio_tee.attach import device_options, open_any, scenario_option, service_options, supplicant_of
 from virtio_tee.logs import verbose_option
 
 if TYPE_CHECKING:
     from guest_driver.client import Answer, Parameter
+    from guest_driver.core import VirtioTeeDriver
+    from tee.io.linux_driver import LinuxTeeDriver
     from tee.io.supplicant import Services
 
 MAX_OUTPUT = 32 << 20
@@ -34,6 +36,10 @@ def guest() -> None:
       modprobe uio_pci_generic
       echo 24 > /proc/sys/vm/nr_hugepages
       virtio-tee guest info
+
+    \b
+    With the kernel's driver, or any TEE that Linux knows:
+      virtio-tee guest info --tee /dev/tee0
     """
 
 
@@ -41,18 +47,10 @@ def guest() -> None:
 @device_options
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
-def info(socket: str | None, pci: str | None, as_json: bool) -> None:
-    """Show which TEE is behind the device, its epoch and its limits."""
-    driver = open_driver(socket, pci)
-    config = driver.config
-    driver.close()
-    facts = {
-        "tee": _KINDS.get(config.info.kind, f"kind {config.info.kind}"),
-        **asdict(config.info),
-        "epoch": f"{config.epoch:#x}",
-        "request_queues": config.num_request_queues,
-        **asdict(config.limits),
-    }
+def info(socket: str | None, pci: str | None, tee: str | None, as_json: bool) -> None:
+    """Show which TEE is behind the device, its epoch and its limits; with --tee, what the kernel says of it."""
+    with closing(open_any(socket, pci, tee)) as driver:
+        facts = _facts(driver)
     if as_json:
         click.echo(json.dumps(facts))
     else:
@@ -63,22 +61,23 @@ def info(socket: str | None, pci: str | None, as_json: bool) -> None:
 @guest.command()
 @device_options
 @service_options
-@click.option("--scenario", type=click.Choice(SCENARIO_NAMES), default="main", show_default=True, help="What is shown.")
+@scenario_option
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 @verbose_option
-def demo(socket: str | None, pci: str | None, services: Services, scenario: str, as_json: bool) -> None:
-    """Run the demo's guest side: load three TAs over RPC, call them with values and memory; or another scenario.
+def demo(socket: str | None, pci: str | None, tee: str | None, services: Services, name: str, as_json: bool) -> None:
+    """Run the demo's guest side: load TAs over RPC, call them with values and memory.
 
     Exit status 1: a step failed.
     """
     from tee.io.runtime import TeeRuntime
-    from virtio_tee import scenario as scenarios
+    from virtio_tee import scenario
+    from virtio_tee.report import Report
 
-    report = scenarios.Report()
+    report = Report()
     supplicant = supplicant_of(services)
-    driver = open_driver(socket, pci)
+    driver = open_any(socket, pci, tee)
     with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
-        scenarios.run(scenarios.named(scenario, scenarios.files_in(services.ta_folders)), runtime, report)
+        scenario.run(scenario.job_of(name, services.ta_folders), runtime, report)
     driver.close()
     if as_json:
         click.echo(json.dumps(report.as_json()))
@@ -104,6 +103,7 @@ def invoke(
     params: tuple[str, ...],
     socket: str | None,
     pci: str | None,
+    tee: str | None,
     services: Services,
     as_json: bool,
 ) -> None:
@@ -125,9 +125,9 @@ def invoke(
 
     parameters = [_parameter(text) for text in params]
     supplicant = supplicant_of(services)
-    driver = open_driver(socket, pci)
+    driver = open_any(socket, pci, tee)
     try:
-        if len(parameters) > (most := driver.config.limits.max_params):
+        if len(parameters) > (most := driver.max_params):
             raise click.UsageError(f"{len(parameters)} parameters; this device takes {most} at most")
         with (
             closing(supplicant),
@@ -148,6 +148,24 @@ def invoke(
         click.echo(f"param {place}: {_readable(answer)}")
     if not answers:
         click.echo("done; there were no parameters")
+
+
+def _facts(driver: VirtioTeeDriver | LinuxTeeDriver) -> dict[str, object]:
+    from guest_driver.core import VirtioTeeDriver
+
+    told = driver.info
+    facts = {
+        "tee": _KINDS.get(told.kind, f"kind {told.kind}"),
+        "kind": told.kind,
+        "impl_id": told.impl_id,
+        "impl_caps": told.impl_caps,
+        "gen_caps": told.gen_caps,
+    }
+    if isinstance(driver, VirtioTeeDriver):
+        config = driver.config
+        limits = asdict(config.limits)
+        return {**facts, "epoch": f"{config.epoch:#x}", "request_queues": config.num_request_queues, **limits}
+    return {**facts, "max_params": driver.max_params, **driver.system_calls()}
 
 
 def _readable(answer: Answer) -> str:

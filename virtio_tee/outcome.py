@@ -81,7 +81,7 @@ def from_trace(trace: Sequence[dict[str, Any]], lane: str) -> list[Exchange]:
 
 
 def from_events(events: Sequence[dict[str, Any]], begin: str, end: str, answered_by: str = "") -> list[Exchange]:
-    """Of what a driver's observer has noted (:class:`virtio_tee.scenario.Report`), what begins and ends so."""
+    """Of what a driver's observer has noted (:class:`virtio_tee.report.Report`), what begins and ends so."""
     begun: dict[int, float] = {}
     found: list[Exchange] = []
     for event in events:
@@ -115,6 +115,9 @@ def show(outcome: Outcome) -> None:
     console.print(f"result: {outcome.result}" + (f": {outcome.why}" if outcome.why else ""), markup=False)
 
 
+_REQUESTS_TO = {"virtio": "device", "ffa": "OP-TEE", "linux": "kernel"}
+
+
 def _rows(outcome: Outcome) -> list[tuple[float, str, str, str, float]]:
     """(time in s, from, to, what, took s), of both processes: they share the monotonic clock."""
     rows: list[tuple[float, str, str, str, float]] = []
@@ -122,7 +125,7 @@ def _rows(outcome: Outcome) -> list[tuple[float, str, str, str, float]]:
         mark = "" if step["ok"] else "  FAILED"
         rows.append((step["start"], "client", "", f"── {step['name']} {step['detail']}{mark}", step["took_s"]))
     for source, target, mark, exchanges in (
-        ("guest", "device" if outcome.path == "virtio" else "OP-TEE", "", outcome.requests),
+        ("guest", _REQUESTS_TO[outcome.path], "", outcome.requests),
         ("TEE", "supplicant", "RPC ", outcome.rpcs),
     ):
         rows += [(e.start, source, target, f"{mark}{e.name} → {e.result}", e.took_s) for e in exchanges]

@@ -8,23 +8,26 @@ import os
 import resource
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from device.config import Limits
 from pyvhost.device import SPIN_US
 from virtio_tee import systemd
 from virtio_tee.keys import public_key
+from virtio_tee.linux_tee import device_of, guests_logins, linux_options, open_linux
 from virtio_tee.logs import verbose_option
 from virtio_tee.throttle import throttle_logs
 
 if TYPE_CHECKING:
     from tee.driver import TeeDriver
 
-CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft"]}
+
+CAPABILITIES = {"type": "tee", "features": [], "tee": ["soft", "ffa", "linux"]}
 """What ``--print-capabilities`` prints: QEMU's docs/interop/vhost-user.rst, "Backend program conventions"."""
 
 _LIMIT_HELP = {
@@ -70,7 +73,24 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
 )
 @click.option("--fd", "fds", multiple=True, type=click.IntRange(0), metavar="N", help="An inherited socket instead.")
 @click.option("--vm", "vms", multiple=True, metavar="NAME", help="Name of each socket's guest, in order.")
-@click.option("--tee", "kind", type=click.Choice(["soft"]), default="soft", show_default=True, help="Which TEE.")
+@click.option(
+    "--tee",
+    "kind",
+    default="soft",
+    show_default=True,
+    metavar="soft|ffa|linux[:DEVICE]",
+    help="Which TEE: the software TEE, that behind OP-TEE's partition of a model of FF-A, or that of this host behind "
+    "a Linux TEE device (default: /dev/tee0).",
+)
+@click.option(
+    "--ffa-vm",
+    "ffa_vms",
+    multiple=True,
+    type=click.IntRange(1, 0x3FFF),
+    metavar="ID",
+    help="With --tee ffa: each guest's FF-A endpoint, in order. It may register memory that this endpoint has shared "
+    "with the TEE, and no other's.",
+)
 @click.option(
     "--ta-key",
     "keys",
@@ -152,6 +172,7 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     callback=_print_capabilities,
     help="Print what this backend can do, as JSON, and exit.",
 )
+@linux_options
 @limit_options
 @verbose_option
 def serve(
@@ -159,6 +180,7 @@ def serve(
     fds: tuple[int, ...],
     vms: tuple[str, ...],
     kind: str,
+    ffa_vms: tuple[int, ...],
     keys: tuple[Path, ...],
     ta_folders: tuple[Path, ...],
     built_in_tas: bool,
@@ -172,6 +194,11 @@ def serve(
     require_sealed: bool,
     trace: Path | None,
     metrics: str | None,
+    tee_threads: int,
+    no_zero_copy: bool,
+    copy_mib: int,
+    host_logins: bool,
+    broker: str | None,
     **limits: int,
 ) -> None:
     """Serve the TEE device to guests over vhost-user sockets. Runs in the foreground, ends on SIGTERM.
@@ -182,6 +209,7 @@ def serve(
     One guest:   virtio-tee serve --socket-path /run/tee.sock --ta-key vendor.pem
     Then, QEMU:  -chardev socket,id=tee,path=/run/tee.sock -device vhost-user-tee-pci,chardev=tee
                  (guest memory must be shared: -object memory-backend-memfd,…,share=on)
+    Real TEE:    virtio-tee serve --socket-path /run/tee.sock --tee linux
     Two guests:  virtio-tee serve -s /run/a.sock --vm a -s /run/b.sock --vm b --ta-key vendor.pem
     systemd:     docs/systemd; sockets that systemd passes (LISTEN_FDS) are served if no other is named
     """
@@ -192,6 +220,8 @@ def serve(
     from host_backend.serve import serve as run
     from host_backend.trace import Trace
 
+    device = device_of(kind)
+    _check_options(kind, device is None)
     throttle_logs()
     _allow_descriptors()
     passed = systemd.listen_fds()
@@ -201,11 +231,14 @@ def serve(
     count = len(paths) + len(fds)
     if vms and len(vms) != count:
         raise click.UsageError(f"{len(vms)} names (--vm) for {count} sockets")
+    if ffa_vms and (kind != "ffa" or len(ffa_vms) != count):
+        raise click.UsageError("--ffa-vm goes with --tee ffa, and is given once for each socket")
     names = vms or tuple(f"vm{i}" for i in range(count))
+    owners = ffa_vms or (None,) * count
     places = [{"path": path} for path in paths] + [{"fd": fd} for fd in fds]
     try:
         config = ServeConfig(
-            [Endpoint(name, **place) for name, place in zip(names, places, strict=True)],
+            [Endpoint(name, **place, ffa_vm=owner) for name, place, owner in zip(names, places, owners, strict=True)],
             Limits(**limits),
             request_queues,
             require_sealed,
@@ -217,7 +250,20 @@ def serve(
     recorder = None
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
-        tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, attestation_key, shared, longest_call)
+        if device is None:
+            tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, attestation_key, shared, longest_call)
+            if kind == "ffa":
+                tee = _over_ffa(tee, dict(zip(names, owners, strict=True)))
+        else:
+            logins = guests_logins(host_logins, count)
+            tee = open_linux(
+                device,
+                threads=tee_threads,
+                copy_mib=copy_mib,
+                zero_copy=not no_zero_copy,
+                logins=logins,
+                broker=broker,
+            )
         trio.run(lambda: run(tee, config, trace=recorder, ready=_ready))
     except* OSError as group:
         for error in group.exceptions:
@@ -227,6 +273,31 @@ def serve(
         systemd.notify("STOPPING=1")
         if recorder is not None:
             recorder.close()
+
+
+_ONLY = {
+    True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins", "broker"),
+    False: (
+        "keys",
+        "ta_folders",
+        "built_in_tas",
+        "threads",
+        "storage_key",
+        "attestation_key",
+        "shared",
+        "longest_call",
+    ),
+}
+"""Options that are wrong with the software TEE, however it is reached, and with others: these are what it is itself set
+up for."""
+
+
+def _check_options(kind: str, soft: bool) -> None:
+    ctx = click.get_current_context()
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in _ONLY[soft]:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --tee {kind if soft else 'linux'}")
 
 
 def _allow_descriptors() -> None:
@@ -298,3 +369,12 @@ def _soft(
         )
     except ValueError as e:  # a key that is none
         raise click.UsageError(str(e)) from None
+
+
+def _over_ffa(soft: TeeDriver, guests: Mapping[str, int | None]) -> TeeDriver:
+    from virtio_tee.ffa_tee import FfaTee
+
+    try:
+        return FfaTee(soft, guests)
+    except ValueError as e:
+        raise click.UsageError(f"--ffa-vm: {e}") from None

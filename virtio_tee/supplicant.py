@@ -38,13 +38,16 @@ def supplicant(fd: int | None, device: str | None, services: Services) -> None:
 
 
 def _serve_device(path: str, services: Services) -> None:
+    from tee.io.linux import advice
     from tee.io.linux_supplicant import LinuxSupplicant
 
     server = supplicant_of(services)
     with closing(server):
         try:
             serving = LinuxSupplicant(server, path)
-        except (OSError, ValueError) as e:
+        except OSError as e:
+            raise click.ClickException(advice(path, e)) from None
+        except ValueError as e:
             raise click.ClickException(f"{path} cannot be served: {e}") from None
         with closing(serving):
             serving.run(lambda: click.echo("supplicant: ready", err=True))

@@ -214,6 +214,10 @@ HANDLE_HYPERVISOR_BIT = 1 << 63
 
 ATTRIBUTES_NORMAL = 0x2F
 """Normal memory, write-back cacheable, inner shareable."""
+ATTRIBUTES_DEVICE = 0x10
+"""Device memory, of the type nGnRnE: the least permissive."""
+ATTRIBUTES_TYPE_MASK, ATTRIBUTES_CACHE_MASK = 0x30, 0x0C
+"""Of memory attributes: the type (none, device, normal), and its cacheability or kind of device."""
 ATTRIBUTE_NS = 1 << 6
 
 FLAG_CLEAR = 1 << 0
@@ -256,6 +260,14 @@ def permissions(data: Data, instruction: Instruction = Instruction.NOT_SPECIFIED
 
 DIRECT_FRAMEWORK_BIT = 1 << 31
 """In w2 of a direct message: a framework message, which only partition managers exchange."""
+
+
+class FrameworkMessage(IntEnum):
+    """Types of framework messages (w2, bits 0-7); the response's is one more. The VM's id is in w5, a status in w3."""
+
+    VM_CREATED = 4
+    VM_DESTROYED = 6
+
 
 NOTIFY_PER_VCPU = 1 << 0
 NOTIFY_DELAY_SRI = 1 << 1

@@ -61,6 +61,7 @@ class Bench:
 
     machine: Machine
     endpoints: dict[int, Server]
+    hypervisor: bool = False  #: endpoint 0, if it is there, is a hypervisor and speaks for VMs
 
 
 Factory = Callable[[Bench], Relayer]
@@ -68,10 +69,11 @@ Factory = Callable[[Bench], Relayer]
 reads and writes buffers there (``fetch``, ``store``), and runs an endpoint by its ``receive(frame, vcpu)``."""
 
 
-def build(host: bool = False) -> Bench:
+def build(host: bool = False, hypervisor: bool = False) -> Bench:
     """A new bench, without buffers mapped. With ``host`` the normal world is one operating system, endpoint 0, instead
-    of VMs."""
+    of VMs; with ``hypervisor`` it is a hypervisor's own calls, endpoint 0, whose memory all VMs' is."""
     machine = Machine()
+    host |= hypervisor
     endpoints: dict[int, Server] = {}
     for id in ((HYPERVISOR_ID,) if host else tuple(VMS)) + SPS:
         endpoint = endpoints[id] = Server(
@@ -87,7 +89,10 @@ def build(host: bool = False) -> Bench:
         machine.add(id, memory_of(id), SP_PAGES if is_secure(id) else VM_PAGES, secure=is_secure(id))
     if not host:
         machine.add(1, DEVICE, 16, device=True)
-    return Bench(machine, endpoints)
+    if hypervisor:
+        for id in VMS:
+            machine.add(HYPERVISOR_ID, memory_of(id), VM_PAGES)
+    return Bench(machine, endpoints, hypervisor)
 
 
 def data_of(id: int, first: int, count: int) -> list[abi.AddressRange]:
@@ -105,7 +110,7 @@ class Model:
             self.spmc.add(bench.endpoints[id])
         self.hypervisor: Hypervisor | None = None
         if HYPERVISOR_ID in bench.endpoints:
-            self.spmc.attach(bench.endpoints[HYPERVISOR_ID])
+            self.spmc.attach(bench.endpoints[HYPERVISOR_ID], hypervisor=bench.hypervisor)
             return
         self.hypervisor = Hypervisor(bench.machine, self.spmc)
         for id in VMS:

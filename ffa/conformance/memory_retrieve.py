@@ -15,6 +15,7 @@ from ffa.abi.ids import (
     Call,
     is_secure,
 )
+from ffa.conformance.bench import EL0, SPS
 from ffa.conformance.memory_send import DENIED, DONATE, ENTRY, HEADER, INVALID, LEND, SENDS, SHARE
 from ffa.conformance.memory_states import third
 from ffa.conformance.registry import MEMORY, Body, case, register
@@ -172,24 +173,64 @@ def _cleared_read_only(t: Run) -> None:
         t.end(sent, receiver)
 
 
+def _device_executed(t: Run, call: Call) -> None:
+    for sender, receiver in PAIRS:
+        sent = t.sent(call, sender, receiver)
+        request = t.request(sent, receiver, permissions=2 | 8, attributes=0x13)
+        t.fails(t.retrieve(request, receiver), DENIED, "retrieved as device memory, and executable")
+        t.has(receiver, sent, NONE, "then")
+        t.ok(t.reclaim(sent), "reclaims")
+
+
+def read_only_page(t: Run, value: int) -> list[abi.AddressRange]:
+    """A page that a partition at S-EL0 has made read-only (7), or read-only and executable (3), for itself."""
+    ranges = t.fresh(EL0)
+    t.ok(t.call(EL0, Call.MEM_PERM_SET, ranges[0][0], 1, value), "a partition makes a page read-only")
+    return ranges
+
+
+def _of_read_only(t: Run, call: Call) -> None:
+    """A receiver wants memory to be cleared that its owner can only read."""
+    for value in (7, 3):
+        named = {"permissions": 1} if call is LEND else {}
+        transaction, ranges = t.transaction(call, EL0, SPS[0], **named), read_only_page(t, value)
+        sent = t.begun(t.send(call, transaction, ranges), call, transaction, ranges)
+        for flags in (FLAG_CLEAR, FLAG_CLEAR_ON_RELINQUISH):
+            request = t.request(sent, SPS[0], flags=flags)
+            t.fails(t.retrieve(request, SPS[0]), DENIED, f"its owner cannot write it, flags {flags}")
+        found = t.retrieved(sent, SPS[0])
+        t.equal(found.flags & FLAG_CLEAR, 0, "it is told that it was not cleared")
+
+
+def _all(t: Run, bodies: tuple[Body, ...]) -> None:
+    for body in bodies:
+        body(t)
+
+
 for _name, _call in SENDS.items():
     register(MEMORY, f"{_name}_invalid_handle_tag", partial(_handle_and_tag, call=_call))
     register(MEMORY, f"{_name}_retrieve_align_hint_check", partial(_hints, call=_call))
     register(MEMORY, f"{_name}_retrieve_with_address_range", partial(_ranges, call=_call))
 _BODIES: dict[str, Body] = {
     "lend_retrieve_input_checks": _clear_read_only,
-    "lend_retrieve_input_checks1": partial(_clear_unsent, call=LEND),
-    "lend_retrieve_input_checks2": partial(_clear_sent, call=LEND),
-    "lend_retrieve_input_checks3": _cleared_read_only,
-    "lend_retrieve_input_checks4": partial(_executes, call=LEND),
+    "lend_retrieve_input_checks1": partial(_clear_sent, call=LEND),
+    "lend_retrieve_input_checks2": partial(_all, bodies=(partial(_clear_unsent, call=LEND), partial(_type, call=LEND))),
+    "lend_retrieve_input_checks3": partial(_all, bodies=(partial(_clear_sent, call=LEND), _cleared_read_only)),
+    "lend_retrieve_input_checks4": partial(
+        _all, bodies=(partial(_executes, call=LEND), partial(_device_executed, call=LEND))
+    ),
     "lend_retrieve_input_checks5": _several_execute,
     "lend_retrieve_input_checks6": partial(_parties, call=LEND),
-    "lend_retrieve_input_checks8": partial(_type, call=LEND),
-    "donate_retrieve_input_checks1": partial(_clear_unsent, call=DONATE),
-    "donate_retrieve_input_checks2": partial(_clear_sent, call=DONATE),
-    "donate_retrieve_input_checks3": partial(_executes, call=DONATE),
+    "lend_retrieve_input_checks8": partial(_of_read_only, call=LEND),
+    "donate_retrieve_input_checks1": partial(
+        _all, bodies=(partial(_type, call=DONATE), partial(_clear_sent, call=DONATE))
+    ),
+    "donate_retrieve_input_checks2": partial(_clear_unsent, call=DONATE),
+    "donate_retrieve_input_checks3": partial(
+        _all, bodies=(partial(_executes, call=DONATE), partial(_device_executed, call=DONATE))
+    ),
     "donate_retrieve_input_checks4": partial(_parties, call=DONATE),
-    "donate_retrieve_input_checks5": partial(_type, call=DONATE),
+    "donate_retrieve_input_checks5": partial(_of_read_only, call=DONATE),
 }
 for _id, _body in _BODIES.items():
     register(MEMORY, _id, _body)
@@ -202,6 +243,8 @@ def share_retrieve_input_checks(t: Run) -> None:
         for flags in (FLAG_CLEAR, FLAG_CLEAR_ON_RELINQUISH, FLAG_CLEAR | FLAG_CLEAR_ON_RELINQUISH):
             request = t.request(sent, receiver, flags=flags)
             t.fails(t.retrieve(request, receiver), INVALID, f"shared memory is to be cleared, flags {flags}")
+        other = t.request(sent, receiver, attributes=0x27)
+        t.fails(t.retrieve(other, receiver), DENIED, "retrieved as non-cacheable memory")
         _finish(t, sent, receiver)
     _executes(t, SHARE)
     _parties(t, SHARE)
@@ -231,7 +274,7 @@ SPS_ELSEWHERE = {False: 4, True: 0x8005}
 """By the sender's world: somebody who is no borrower."""
 
 
-def _bypass(t: Run, call: Call) -> None:
+def bypass(t: Run, call: Call) -> None:
     """One of several borrowers names itself alone, and says that it does."""
     for sender, receiver in PAIRS:
         other = third(sender)
@@ -254,8 +297,8 @@ def _bypass(t: Run, call: Call) -> None:
         _finish(t, single, receiver)
 
 
-register(MEMORY, "share_multi_borrower_flag_check", partial(_bypass, call=SHARE))
-register(MEMORY, "lend_multi_borrower_flag_check", partial(_bypass, call=LEND))
+register(MEMORY, "share_multi_borrower_flag_check", partial(bypass, call=SHARE))
+register(MEMORY, "lend_multi_borrower_flag_check", partial(bypass, call=LEND))
 
 
 @case(MEMORY)

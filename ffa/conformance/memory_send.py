@@ -53,6 +53,9 @@ def _whole(t: Run, call: Call) -> None:
             t.equal(entry.permissions, 2 | Instruction.NX << 2, "read and write, never executed")
             if call is not DONATE:
                 t.fails(t.reclaim(sent), DENIED, "the sender reclaims what is retrieved")
+                for again in SENDS.values():
+                    onward = t.transaction(again, receiver, SPS[2] if is_secure(receiver) else 3)
+                    t.fails(t.send(again, onward, sent.ranges), DENIED, f"the borrower's FFA_{again.name}")
                 t.end(sent, receiver)
                 continue
             t.alone(sent, receiver)
@@ -211,9 +214,18 @@ def _lengths(t: Run, call: Call) -> None:
 
 
 def _flags(t: Run, call: Call) -> None:
+    """Flags that there are not, and memory to be cleared that its owner can only read."""
     for sender, receiver in PAIRS:
         for flags in (4, 8, 0x18, 0x20, 0x200, 0x400, 1 << 31):
             _refuses(t, call, sender, receiver, INVALID, f"flags {flags:#x}", flags=flags)
+    ranges, named = t.fresh(EL0), {"permissions": 1} if call is LEND else {}
+    t.ok(t.call(EL0, Call.MEM_PERM_SET, ranges[0][0], 1, 7), "a partition makes a page read-only for itself")
+    wrong = t.transaction(call, EL0, SPS[0], flags=FLAG_CLEAR, **named)
+    t.fails(t.send(call, wrong, ranges), DENIED, "its owner cannot write what is to be cleared")
+    right = t.transaction(call, EL0, SPS[0], **named)
+    sent = t.begun(t.send(call, right, ranges), call, right, ranges)
+    t.fails(t.reclaim(sent, FLAG_CLEAR), DENIED, "nor what is to be cleared when it is reclaimed")
+    t.ok(t.reclaim(sent), "reclaims")
 
 
 def _second_receiver(t: Run, call: Call) -> None:
@@ -302,7 +314,8 @@ def _ns_bit(t: Run, call: Call) -> None:
 
 
 def _attributes(t: Run, call: Call, what: str, value: int) -> None:
-    """Attributes of the sender of shared memory, and of who retrieves."""
+    """Attributes of the sender of shared memory, and of who retrieves: a manager that maps memory in one way alone
+    refuses all others."""
     for sender, receiver in PAIRS:
         if call is SHARE:
             _refuses(t, SHARE, sender, receiver, DENIED, f"sent as {what}", attributes=value)
@@ -313,6 +326,30 @@ def _attributes(t: Run, call: Call, what: str, value: int) -> None:
         t.end(sent, receiver)
 
 
+_DEVICES = (0x10, 0x14, 0x18, 0x1C)
+"""Device memory, each more permissive than those before: nGnRnE, nGnRE, nGRE, GRE."""
+
+
+def _device_types(t: Run, call: Call, more: bool) -> None:
+    """Normal memory sent as device memory, which a manager may refuse but for the strictest type. It is retrieved as a
+    type that is not more permissive, or refused as one that is."""
+    for sender, receiver in PAIRS:
+        receivers = (receiver, SPS[2] if is_secure(sender) else 3) if call is LEND else (receiver,)
+        for at, value in enumerate(_DEVICES):
+            transaction, ranges = t.transaction(call, sender, *receivers, attributes=value), t.fresh(sender)
+            answer = t.send(call, transaction, ranges)
+            if at and answer.error is DENIED:
+                t.unchanged(sender, ranges, "a type that is not supported")
+                continue
+            sent = t.begun(answer, call, transaction, ranges)
+            for other in (*_DEVICES[at + 1 :], ATTRIBUTES_NORMAL) if more else ():
+                asked = t.retrieve(t.request(sent, receiver, attributes=other), receiver)
+                t.fails(asked, DENIED, f"sent as {value:#x}, retrieved as {other:#x}")
+            found = t.retrieved(sent, receiver, attributes=value)
+            t.equal(found.attributes & 0x3C, value, "the type of memory is told")
+            t.end(sent, receiver)
+
+
 _ATTRIBUTES = (
     ("lend", "cache_attr", "non-cacheable memory", 0x27),
     ("lend", "cache_attr1", "memory with reserved cacheability", 0x23),
@@ -320,16 +357,15 @@ _ATTRIBUTES = (
     ("lend", "shareability_attr1", "outer shareable memory", 0x2E),
     ("lend", "shareability_attr2", "memory with reserved shareability", 0x2D),
     ("lend", "shareability_attr3", "non-cacheable, not shareable memory", 0x24),
-    ("lend", "device_attr", "device memory, nGnRnE", 0x10),
-    ("lend", "device_attr1", "device memory, GRE", 0x1C),
     ("share", "cache_attr", "non-cacheable memory", 0x27),
     ("share", "shareability_attr", "memory that is not shareable", 0x2C),
     ("share", "shareability_attr1", "outer shareable memory", 0x2E),
-    ("share", "device_attr", "device memory, nGnRnE", 0x10),
-    ("share", "device_attr1", "device memory, GRE", 0x1C),
 )
 for _name, _kind, _what, _value in _ATTRIBUTES:
     register(MEMORY, f"{_name}_{_kind}", partial(_attributes, call=SENDS[_name], what=_what, value=_value))
+for _name in ("lend", "share"):
+    register(MEMORY, f"{_name}_device_attr", partial(_device_types, call=SENDS[_name], more=False))
+    register(MEMORY, f"{_name}_device_attr1", partial(_device_types, call=SENDS[_name], more=True))
 
 
 def _device(t: Run, call: Call) -> None:

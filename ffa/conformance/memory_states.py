@@ -329,7 +329,7 @@ def _retrieved_twice(t: Run, call: Call) -> None:
     """The number of retrievals that FFA_FEATURES tells of, and one more."""
     for sender, receiver in PAIRS:
         answer = t.ok(t.call(receiver, Call.FEATURES, 0x8400_0074, 2), "how often a borrower may retrieve")
-        times = 1 << (answer[3] & 0xFF)
+        times = (1 << (answer[3] & 0xFF) + 1) - 1
         sent = t.sent(call, sender, receiver)
         for _ in range(times):
             t.retrieved(sent, receiver)

@@ -7,7 +7,7 @@ from uuid import UUID
 from ffa.abi import messages
 from ffa.abi.frame import Frame
 from ffa.abi.ids import DIRECT_FRAMEWORK_BIT, GET_FROM_HYP, GET_FROM_SPM, RX_FULL, Call, Error, fid, is_secure
-from ffa.conformance.bench import MUTE, NOBODY, SPS
+from ffa.conformance.bench import MUTE, NOBODY, SPS, Server
 from ffa.conformance.registry import DIRECT, INDIRECT, case
 from ffa.conformance.run import PAIRS, Run
 from ffa.roles.endpoint import respond
@@ -16,6 +16,20 @@ REQ, REQ2, RESP, RESP2 = (
     *(Call.MSG_SEND_DIRECT_REQ, Call.MSG_SEND_DIRECT_REQ2),
     *(Call.MSG_SEND_DIRECT_RESP, Call.MSG_SEND_DIRECT_RESP2),
 )
+
+
+def _does_not_wait(t: Run, server: Server, request: Frame) -> None:
+    """Who works on a request cannot wait for the next before it has answered."""
+    found: list[Frame] = []
+
+    def waits(frame: Frame) -> Frame:
+        found.append(server.call(Call.MSG_WAIT))
+        return respond(frame, 8)
+
+    server.answers.append(waits)
+    answer = t.endpoint(request[1] >> 16).send(request)
+    t.equal(answer, respond(request, 8), f"{server.id:#x} answers")
+    t.fails(found[0], Error.DENIED, "before that, it waits for another message")
 
 
 def _direct(t: Run, smc64: bool) -> None:
@@ -39,6 +53,7 @@ def _direct(t: Run, smc64: bool) -> None:
         ):
             t.fails(t.call(sender, REQ, w1, w2, smc64=smc64), Error.INVALID_PARAMETERS, what)
         t.equal(len(server.asked), asked, "none of these reaches the receiver")
+        _does_not_wait(t, server, request)
 
 
 @case(DIRECT)
@@ -65,6 +80,7 @@ def ffa_direct_message2(t: Run) -> None:
             answer = t.call(sender, REQ2, sender << 16 | receiver, *service, *words)
             t.equal(server.asked[-1][4:], words, "x4 to x17 reach the receiver")
             t.equal(answer, reply, "and come back")
+        _does_not_wait(t, server, Frame.of(REQ2, sender << 16 | receiver, *uuid, *words))
         other = messages.uuid_to_halves(UUID(int=0xBAD))
         t.fails(
             t.call(sender, REQ2, sender << 16 | receiver, *other), Error.INVALID_PARAMETERS, "no such service there"
@@ -99,8 +115,19 @@ def ffa_direct_message_error1(t: Run) -> None:
 @case(DIRECT)
 def ffa_direct_message_error2(t: Run) -> None:
     for sp in SPS:
-        t.refused(t.call(sp, REQ, sp << 16 | 1), f"partition {sp:#x} asks a VM")
+        t.fails(t.call(sp, REQ, sp << 16 | 1), Error.INVALID_PARAMETERS, f"partition {sp:#x} asks a VM")
     t.equal(t.endpoint(1).asked, [], "the VM is not run")
+    first, second = t.endpoint(SPS[0]), t.endpoint(SPS[1])
+    found: list[Frame] = []
+
+    def asks_back(frame: Frame) -> Frame:
+        found.append(second.call(REQ, SPS[1] << 16 | SPS[0], smc64=True))
+        return respond(frame, 5)
+
+    first.answers.append(lambda frame: respond(frame, first.call(REQ, SPS[0] << 16 | SPS[1])[3]))
+    second.answers.append(asks_back)
+    t.equal(t.call(1, REQ, 1 << 16 | SPS[0])[3], 5, "a chain of requests is answered")
+    t.fails(found[0], Error.BUSY, "in it, a partition asks who waits for its answer")
 
 
 @case(DIRECT)
@@ -114,7 +141,7 @@ def direct_msg_sp_to_vm(t: Run) -> None:
     sp.answers.append(asks_back)
     answer = t.call(1, REQ, 1 << 16 | SPS[0])
     t.is_call(answer, RESP, "the request of the VM is answered")
-    t.refused(found[0], "in it, the partition asks the VM")
+    t.fails(found[0], Error.INVALID_PARAMETERS, "in it, the partition asks the VM")
     t.refused(t.call(1, RESP, 1 << 16 | SPS[0]), "the VM answers a partition that has asked nothing")
 
 
@@ -135,7 +162,7 @@ def ffa_run_direct_req(t: Run) -> None:
     second.answers.append(runs_another)
     answer = t.call(1, REQ, 1 << 16 | SPS[0])
     t.equal((answer.fid, answer[3]), (fid(RESP), 2), "a chain of requests is answered")
-    t.refused(found[0], "in it, a partition runs another")
+    t.fails(found[0], Error.DENIED, "in it, a partition runs another")
     t.fails(found[1], Error.BUSY, "in it, a partition asks back")
 
 
@@ -179,12 +206,15 @@ def ffa_run(t: Run) -> None:
     t.equal(t.endpoint(1).send(request), Frame.of(Call.YIELD, SPS[0] << 16), "the partition yields")
     t.fails(t.endpoint(2).call(REQ, 2 << 16 | SPS[0]), Error.BUSY, "it is busy")
     t.refused(t.call(2, Call.RUN, SPS[0] << 16), "another resumes it")
-    t.refused(t.call(1, Call.RUN, SPS[0] << 16 | 9), "a context that it does not have")
-    t.refused(t.call(1, Call.RUN, (0x8000 | NOBODY) << 16), "a partition that is not there")
+    for what, target in (
+        ("a context that it does not have", SPS[0] << 16 | 9),
+        ("a partition that is not there", (0x8000 | NOBODY) << 16),
+    ):
+        t.fails(t.call(1, Call.RUN, target), Error.INVALID_PARAMETERS, what)
     t.is_call(t.call(1, Call.RUN, SPS[0] << 16), Call.YIELD, "resumed, it yields again")
     t.equal(t.call(1, Call.RUN, SPS[0] << 16), respond(request, 4), "resumed, it answers")
     t.refused(t.call(1, Call.RUN, SPS[0] << 16), "it has answered")
-    t.fails(t.call(SPS[0], Call.RUN, SPS[1] << 16), Error.NOT_SUPPORTED, "partitions run nobody")
+    t.fails(t.call(SPS[0], Call.RUN, SPS[1] << 16), Error.DENIED, "partitions run nobody")
 
 
 def _message(t: Run, sender: int, receiver: int, payload: bytes = b"hello", **fields: UUID) -> Frame:

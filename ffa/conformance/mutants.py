@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ffa.abi.frame import Frame
-from ffa.abi.ids import ATTRIBUTE_NS, Call, Error, fid
+from ffa.abi.ids import ATTRIBUTE_NS, SPMD_ID, VERSION_1_1, VERSION_1_2, Call, Error, fid, is_secure
+from ffa.abi.messages import NIL
 from ffa.conformance import runner
 from ffa.conformance.bench import Bench, Model
 from ffa.conformance.registry import Case
 from ffa.roles import checks
+from ffa.roles.endpoint import DEFAULT_PROPERTIES, respond
 from ffa.roles.machine import Access
 from ffa.roles.transactions import Checks, Transactions
 
@@ -74,6 +76,20 @@ _TABLES: dict[str, tuple[checks.Check[Any], ...]] = {
 }
 
 
+def _last(table: str, at: int) -> Change:
+    return _table(table, lambda rows: (*rows[:at], *rows[at + 1 :], rows[at]))
+
+
+def _of_order() -> Iterator[Mutant]:
+    """Of sending, each check that is done last, if one behind it has another code: the order is Xen's."""
+    for table in ("send", "ranges"):
+        rows = _TABLES[table]
+        for at, check in enumerate(rows):
+            if {check.code} != {later.code for later in rows[at:]} and (table, check.name) not in NO_ORDER:
+                what = f"{check.name!r} is looked at last of the table of {table}"
+                yield Mutant(f"{table}-{at}-last", what, _last(table, at))
+
+
 def _of_tables() -> Iterator[Mutant]:
     for table, rows in _TABLES.items():
         for at, check in enumerate(rows):
@@ -102,6 +118,24 @@ NOT_SEEN = {
 limits of our own, which FF-A leaves to each implementation."""
 NO_OWN_CODE = {*_PARSED, ("retrieve", "the request does not name the caller")}
 """Checks whose code is never used: what they look at raises one."""
+
+
+NO_ORDER = {
+    *_PARSED,
+    ("send", "reserved attributes are set"),
+    ("send", "attributes are named that the receiver is to name"),
+    ("send", "more than one receiver of a donation"),
+    ("send", "more receivers than are supported"),
+    ("send", "a handle is given"),
+    ("send", "shared memory is to be cleared"),
+    ("send", "flags that a sender must not set"),
+    ("send", "the composite descriptor does not fit, or receivers name different ones"),
+    ("send", "no pages, or no ranges"),
+    ("ranges", "a range without memory"),
+    ("ranges", "a page named twice"),
+}
+"""Checks of sending that Xen does not have, or that no fault with another code can come with: FF-A leaves the order of
+these to each implementation."""
 
 
 # -- named ones
@@ -169,6 +203,11 @@ def _direct(change: Callable[[Frame], Frame]) -> Change:
 
 def _succeeds(call: Call, instead_of: Error) -> Change:
     return _outside(lambda m, c, f, a: Frame.success() if f.fid == fid(call) and a.error is instead_of else a)
+
+
+def _not_kept(frame: Frame, answer: Frame) -> Frame:
+    """Without the caller's x8 to x17, where these are what the answer has there."""
+    return Frame(*answer[:8]) if answer[8:] == frame[8:] else answer
 
 
 def _target_of_success(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
@@ -388,9 +427,10 @@ def _ids_not_swapped(answer: Frame) -> Frame:
     return _set(answer, x1=(answer[1] & 0xFFFF) << 16 | answer[1] >> 16 & 0xFFFF)
 
 
-def _anybody_maps(original: Any, manager: Any, owner: int, tx: int, rx: int, count: int) -> Any:
+def _anybody_maps(original: Any, manager: Any, who: Any, tx: int, rx: int, count: int) -> Any:
     page = manager.machine.state(tx // 4096)
-    return original(page.owner if page is not None else owner, tx, rx, count)
+    found = None if page is None else manager.served.get(page.owner)
+    return original(found or who, tx, rx, count)
 
 
 def _never_busy(original: Any, manager: Any, who: Any) -> bool:
@@ -402,6 +442,138 @@ def _never_busy(original: Any, manager: Any, who: Any) -> bool:
 def _speaks_for_all(model: Model) -> None:
     for manager in _managers(model):
         manager.speaks_for = manager.transactions.speaks_for = lambda caller, sender: True
+
+
+_NEW_IN_1_3 = (0xC400_008F, 0x8400_008F)
+
+
+def _of_1_3(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    """FFA_NS_RES_INFO_GET, called or asked for."""
+    return Frame.success() if frame.fid in _NEW_IN_1_3 or frame[1] in _NEW_IN_1_3 else answer
+
+
+def _read_as(change: Callable[[bytearray, int], None]) -> Change:
+    """Descriptors are read differently from how they are written: ``change(descriptor, its version)``."""
+
+    def around(original: Any, manager: Any, who: Any, *where: int) -> bytes:
+        blob = bytearray(original(who, *where))
+        if len(blob) >= 80:
+            change(blob, who.version)
+        return bytes(blob)
+
+    return _wrap("descriptor", around)
+
+
+def _entry_zeroed(blob: bytearray, version: int) -> None:
+    at = 32 if version < VERSION_1_1 else 48
+    blob[at + 8 : at + 16] = bytes(8)
+
+
+def _count_cut(blob: bytearray, version: int) -> None:
+    blob[29:32] = bytes(3)
+
+
+def _address_rounded(blob: bytearray, version: int) -> None:
+    for at in range(96, len(blob) - 15, 16):
+        blob[at : at + 8] = (int.from_bytes(blob[at : at + 8], "little") & ~0xFFF).to_bytes(8, "little")
+
+
+def _everybody_talks(model: Model) -> None:
+    for manager in _managers(model):
+        for served in manager.served.values():
+            served.endpoint.properties = sum(DEFAULT_PROPERTIES)
+
+
+def _partitions_ask_vms(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    asks = frame.fid in _REQUESTS and is_secure(caller) and not is_secure(frame[1] & 0xFFFF)
+    return respond(frame) if asks and answer.error is not None else answer
+
+
+def _one_cpu(model: Model) -> None:
+    original = model.call
+    model.call = lambda caller, frame, vcpu=0: original(caller, frame, 0)  # type: ignore[method-assign]
+
+
+def _largest_granule(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    asked = frame.fid == fid(Call.FEATURES) and frame[1] == fid(Call.RXTX_MAP, True)
+    return _set(answer, x2=answer[2] | 1) if asked and answer.ok else answer
+
+
+def _any_version(version: int | None) -> Change:
+    """FFA_VERSION's answer is this one; None: 1.2, whatever was asked for."""
+    return _outside(
+        lambda m, c, f, a: (
+            Frame(version or VERSION_1_2) if f.fid == fid(Call.VERSION) and (version is None or not a[0] >> 31) else a
+        )
+    )
+
+
+def _one_forwarded(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    forwards = frame.fid == fid(Call.RXTX_MAP, True) and not any(frame[1:4])
+    return Frame.failure(Error.NO_MEMORY) if forwards and len(model.spmc.vm_buffers) > 1 else answer
+
+
+def _waits_anyway(original: Any, manager: Any, who: Any, x: Frame, vcpu: int) -> Any:
+    asked, who.requests = who.requests, {}
+    try:
+        return original(who, x, vcpu)
+    finally:
+        who.requests = asked
+
+
+def _longer_than_tx(model: Model, caller: int, frame: Frame, answer: Frame) -> Frame:
+    """As Xen's mediator: the jump to the exit sets no code."""
+    sends = frame.fid in {fid(call, form) for call in _SENDS for form in (False, True)}
+    return Frame.success() if sends and not frame[3] and frame[1] == frame[2] > 4096 else answer
+
+
+def _never_executable(original: Any, transactions: Transactions, region: Any, endpoint: int, access: Access) -> None:
+    original(region, endpoint, access & ~Access.X)
+
+
+def _rest_dropped(model: Model) -> None:
+    """A description for a hypervisor has one fragment."""
+    original = model.spmc.describe_all
+
+    def cut(who: Any, request: Any, size: int) -> bytes | None:
+        found = original(who, request, size)
+        return None if found is None else found[:size]
+
+    model.spmc.describe_all = cut  # type: ignore[method-assign]
+
+
+def _described_without_type(model: Model) -> None:
+    original = model.spmc.describe_all
+
+    def untyped(who: Any, request: Any, size: int) -> bytes | None:
+        found = original(who, request, size)
+        return None if found is None else found[:4] + bytes([found[4] & ~0x18]) + found[5:]
+
+    model.spmc.describe_all = untyped  # type: ignore[method-assign]
+
+
+def _registers_reach_receivers(model: Model) -> None:
+    """A direct request brings the sender's x8 to x17 along."""
+    caller_has: list[int] = [0] * 10
+    original = model.call
+
+    def call(caller: int, frame: Frame, vcpu: int = 0) -> Frame:
+        if frame.fid in _REQUESTS:
+            caller_has[:] = frame[8:]
+        return original(caller, frame, vcpu)
+
+    model.call = call  # type: ignore[method-assign]
+    for manager in _managers(model):
+        for served in manager.served.values():
+            receive = served.endpoint.receive
+
+            def received(frame: Frame, vcpu: int, receive: Any = receive) -> Any:
+                return receive(Frame(*frame[:8], *caller_has) if frame.fid in _REQUESTS else frame, vcpu)
+
+            served.endpoint.receive = received
+
+
+_REQUESTS = {fid(Call.MSG_SEND_DIRECT_REQ, form) for form in (False, True)}
 
 
 NAMED = tuple(
@@ -502,6 +674,77 @@ NAMED = tuple(
             _instead((Call.MSG_POLL,), Error.NO_DATA, Error.RETRY),
         ),
         (
+            "success-longer-than-tx",
+            "a descriptor longer than TX is a success with handle 0, as in Xen's mediator",
+            _outside(_longer_than_tx),
+        ),
+        (
+            "destroys-nothing",
+            "destroying a bitmap that is not there is INVALID_PARAMETERS",
+            _instead((Call.NOTIFICATION_BITMAP_DESTROY,), _INVALID, _DENIED),
+        ),
+        ("interrupts-for-all", "FFA_FEATURES tells whoever asks of every interrupt", _profile(any_interrupt=True)),
+        ("waits-in-request", "who is asked may wait for another message", _wrap("msg_wait", _waits_anyway)),
+        (
+            "permissions-unset",
+            "FFA_MEM_PERM_SET succeeds and sets nothing",
+            _wrap("mem_perm_set", lambda o, m, *a: Frame.success()),
+        ),
+        ("reserved-of-receivers", "reserved bytes of a receiver are not looked at", _read_as(_entry_zeroed)),
+        ("count-cut", "the number of receivers is cut to eight bits", _read_as(_count_cut)),
+        ("addresses-rounded", "addresses are rounded down to pages", _read_as(_address_rounded)),
+        ("everybody-talks", "direct messages need no property of sender or receiver", _everybody_talks),
+        ("partitions-ask-vms", "a partition's direct request to a VM succeeds", _outside(_partitions_ask_vms)),
+        ("msg-send-denied", "bad FFA_MSG_SEND are DENIED", _instead((Call.MSG_SEND,), _DENIED, _INVALID)),
+        (
+            "any-service",
+            "an indirect message reaches whatever service the receiver has",
+            _wrap("pass_on", lambda o, m, who, message: o(who, replace(message, uuid=NIL))),
+        ),
+        (
+            "id-of-spmd",
+            "FFA_SPM_ID_GET tells SPMD's id",
+            _answers(Call.SPM_ID_GET, lambda a: Frame.success(SPMD_ID)),
+        ),
+        (
+            "registers-without-uuid",
+            "FFA_PARTITION_INFO_GET_REGS tells no UUID",
+            _answers(Call.PARTITION_INFO_GET_REGS, lambda a: _set(a, x4=0, x5=0)),
+        ),
+        (
+            "registers-without-contexts",
+            "FFA_PARTITION_INFO_GET_REGS tells no number of contexts",
+            _answers(Call.PARTITION_INFO_GET_REGS, lambda a: _set(a, x3=a[3] & ~0xFFFF_0000)),
+        ),
+        ("console-any-length", "FFA_CONSOLE_LOG of any length succeeds", _succeeds(Call.CONSOLE_LOG, _INVALID)),
+        ("one-context", "every request is for the first context", _one_cpu),
+        ("buffers-of-64k", "FFA_FEATURES tells of buffers of 64 KiB", _outside(_largest_granule)),
+        ("version-always-1.2", "FFA_VERSION answers 1.2 whatever it is asked for", _any_version(None)),
+        ("version-1.1", "FFA_VERSION answers 1.1", _any_version(VERSION_1_1)),
+        (
+            "unmaps-nothing",
+            "FFA_RXTX_UNMAP succeeds and unmaps nothing",
+            _wrap("rxtx_unmap", lambda o, m, *a: Frame.success()),
+        ),
+        (
+            "info-empty",
+            "what is put into RX is zeros",
+            _wrap("deliver", lambda o, m, who, data: o(who, bytes(len(data)))),
+        ),
+        (
+            "never-acquired",
+            "FFA_RX_ACQUIRE is DENIED",
+            _outside(lambda m, c, f, a: Frame.failure(_DENIED) if f.fid == fid(Call.RX_ACQUIRE) and a.ok else a),
+        ),
+        ("one-vm-forwarded", "the buffers of one VM alone can be forwarded", _outside(_one_forwarded)),
+        ("map-denied", "what cannot be mapped is DENIED", _instead((Call.RXTX_MAP,), _DENIED, _INVALID)),
+        ("x8-lost", "answers do not preserve x8 to x17", _outside(lambda m, c, f, a: _not_kept(f, a))),
+        ("x8-leaks", "the receiver of a direct request sees the sender's x8 to x17", _registers_reach_receivers),
+        ("never-executable", "memory is never mapped executable", _wrap_transactions("_grant", _never_executable)),
+        ("description-cut", "a hypervisor is told the first fragment alone of what was sent", _rest_dropped),
+        ("description-untyped", "a hypervisor is not told the type of what was sent", _described_without_type),
+        ("functions-of-1.3", "FFA_NS_RES_INFO_GET, of 1.3, is answered in a system of 1.2", _outside(_of_1_3)),
+        (
             "message-busy-lost",
             "an indirect message for a full RX is DENIED",
             _instead((Call.MSG_SEND, Call.MSG_SEND2), _DENIED, Error.BUSY),
@@ -510,4 +753,4 @@ NAMED = tuple(
 )
 """Defects that real implementations had, or could have."""
 
-MUTANTS = (*_of_tables(), *NAMED)
+MUTANTS = (*_of_tables(), *_of_order(), *NAMED)

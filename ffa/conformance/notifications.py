@@ -164,7 +164,7 @@ def notification_bitmap_create(t: Run) -> None:
 @case(NOTIFICATIONS)
 def notification_bitmap_destroy(t: Run) -> None:
     t.restart(host=True)
-    t.fails(t.call(0, DESTROY, 0), Error.INVALID_PARAMETERS, "there is none")
+    t.fails(t.call(0, DESTROY, 0), Error.DENIED, "there is none")
     t.ok(t.call(0, CREATE, 0, 1), "creates")
     for vm in (SPS[0], 5):
         t.fails(t.call(0, DESTROY, vm), Error.INVALID_PARAMETERS, f"{vm:#x} has none")
@@ -173,7 +173,10 @@ def notification_bitmap_destroy(t: Run) -> None:
     t.fails(t.call(0, DESTROY, 0), Error.DENIED, "one is bound")
     t.ok(t.call(0, UNBIND, _ids(SPS[0], 0), 0, 1), "unbinds it")
     t.ok(t.call(0, DESTROY, 0), "destroys")
-    t.fails(t.call(0, DESTROY, 0), Error.INVALID_PARAMETERS, "destroys twice")
+    t.fails(t.call(0, DESTROY, 0), Error.DENIED, "destroys twice")
+    t.restart()
+    for id in (1, SPS[0]):
+        t.fails(t.call(id, DESTROY, id), Error.NOT_SUPPORTED, f"{id:#x} destroys one")
 
 
 def _vm_to_sp(t: Run, sp: int, per_vcpu: bool) -> None:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 SETUP, DIRECT, INDIRECT = "setup_discovery", "direct_messaging", "indirect_messaging"
 MEMORY, NOTIFICATIONS, INTERRUPTS = "memory_management", "notifications", "interrupts"
-HAFNIUM, OWN = "hafnium memory_sharing", "virtio-tee"
+HAFNIUM = "hafnium memory_sharing"
+TFA_SETUP, TFA_SMCCC, TFA_MEMORY = "tf-a-tests setup", "tf-a-tests smccc", "tf-a-tests memory sharing"
+XEN, OWN = "xen mem_share order", "virtio-tee"
 NO_SECTION = "no section: the public scenario tables give none"
 
 Body = Callable[["Run"], None]

@@ -11,7 +11,7 @@ from ffa.abi.frame import Frame, pair
 from ffa.abi.ids import ATTRIBUTES_NORMAL, PAGE_SIZE, Call, Data, Error, FfaError, Instruction, fid
 from ffa.conformance.bench import Bench, Factory, Server, build, data_of, memory_of
 from ffa.roles.endpoint import Relayer
-from ffa.roles.machine import AccessFaultError, Machine
+from ffa.roles.machine import Access, AccessFaultError, Machine
 
 PAIRS = ((1, 0x8001), (1, 2), (0x8001, 0x8002))
 """Client and server: a VM and a partition, two VMs, two partitions."""
@@ -103,9 +103,9 @@ class Run:
     def __post_init__(self) -> None:
         self.restart()
 
-    def restart(self, *, map_buffers: bool = True, host: bool = False) -> None:
+    def restart(self, *, map_buffers: bool = True, host: bool = False, hypervisor: bool = False) -> None:
         """A fresh bench; the account goes on."""
-        self.bench = build(host)
+        self.bench = build(host, hypervisor)
         implementation = self.factory(self.bench)
         self._used, self._handles = {}, set()
         for endpoint in self.bench.endpoints.values():
@@ -145,9 +145,11 @@ class Run:
         self.true(answer.ok and not answer[1], what, "" if answer.ok and not answer[1] else repr(answer))
         return answer
 
-    def fails(self, answer: Frame, code: Error, what: str) -> None:
-        """The call is to fail with ``code``."""
-        self.true(answer.error is code, f"{what}: {code.name}", "" if answer.error is code else repr(answer))
+    def fails(self, answer: Frame, code: Error, what: str, *others: Error) -> None:
+        """The call is to fail with ``code``, or one of ``others`` where the suites or the versions differ."""
+        right = answer.error in (code, *others)
+        names = " or ".join(c.name for c in (code, *others))
+        self.true(right, f"{what}: {names}", "" if right else repr(answer))
 
     def refused(self, answer: Frame, what: str) -> None:
         """The call is to fail, whatever the code."""
@@ -178,6 +180,12 @@ class Run:
         except AccessFaultError:
             return RO
         return RW
+
+    def executes(self, id: int, sent: Sent, wanted: bool, when: str) -> None:
+        """An endpoint is to be able, or not, to execute each page."""
+        states = [self.machine.state(page // PAGE_SIZE) for page in sent.pages]
+        found = {state is not None and Access.X in state.of(id) for state in states}
+        self.equal(found, {wanted}, f"{id:#x} may {'' if wanted else 'not '}execute it {when}")
 
     def has(self, id: int, sent: Sent, wanted: str, when: str) -> None:
         """An endpoint is to have this access to each page."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ffa.conformance import (
+    hafnium,
     memory_retrieve,
     memory_send,
     memory_states,
@@ -17,13 +18,18 @@ from ffa.conformance import (
     not_applicable,
     notifications,
     setup,
+    tf_a_tests,
+    xen,
 )
 from ffa.conformance.bench import Factory, Model
 from ffa.conformance.registry import CASES, NO_SECTION, Case
 from ffa.conformance.run import Checked, CheckFailedError, Made, Run
 
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not_applicable"
-SUITES = (setup, messaging, memory_send, memory_retrieve, memory_states, notifications, not_applicable)
+SUITES = (
+    *(setup, messaging, memory_send, memory_retrieve, memory_states, notifications, not_applicable),
+    *(hafnium, tf_a_tests, xen),
+)
 """The modules that fill ``CASES``."""
 
 

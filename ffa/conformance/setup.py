@@ -32,6 +32,10 @@ def ffa_features(t: Run) -> None:
         for reserved in (0x8400_005F, 0x8400_00FF, 0xC400_0000 | Call.ID_GET):
             t.fails(t.call(id, Call.FEATURES, reserved), Error.NOT_SUPPORTED, f"no function {reserved:#x}")
         t.fails(t.call(id, Call.FEATURES, 0x7FFF), Error.NOT_SUPPORTED, "no such feature")
+        for absent in (Call.RX_ACQUIRE, Call.NORMAL_WORLD_RESUME):
+            t.fails(
+                t.call(id, Call.FEATURES, fid(absent)), Error.NOT_SUPPORTED, f"FFA_{absent.name} is not for {id:#x}"
+            )
         t.equal(t.call(id, Call.FEATURES, fid(Call.RXTX_MAP, True))[2] & 3, 0, "buffers are of 4 KiB pages")
     for call, caller in ONE_WORLD.items():
         other = SPS[0] if caller == 1 else 1
@@ -42,8 +46,14 @@ def ffa_features(t: Run) -> None:
 
 @case(SETUP)
 def ffa_features_intr(t: Run) -> None:
-    for id in (1, SPS[0]):
-        for feature in (Feature.NOTIFICATION_PENDING, Feature.SCHEDULE_RECEIVER):
+    for id, features, others in (
+        (1, (Feature.SCHEDULE_RECEIVER,), (Feature.MANAGED_EXIT,)),
+        (SPS[0], (Feature.NOTIFICATION_PENDING, Feature.MANAGED_EXIT), (Feature.SCHEDULE_RECEIVER,)),
+        (EL0, (), tuple(Feature)),
+    ):
+        for feature in others:
+            t.fails(t.call(id, Call.FEATURES, feature), Error.NOT_SUPPORTED, f"{id:#x} is not told of {feature.name}")
+        for feature in features:
             answer = t.ok(t.call(id, Call.FEATURES, feature), f"{id:#x} is told of {feature.name}")
             t.true(0 <= answer[2] < 1020, "and which interrupt it is", answer)
             t.fails(t.call(id, Call.FEATURES, feature, 1), Error.NOT_SUPPORTED, "w2 must be zero")
@@ -189,10 +199,11 @@ def ffa_rxtx_map_and_unmap(t: Run) -> None:
             ("one buffer for both", base, base, 1),
             ("buffers that overlap", base, base + 0x1000, 2),
             ("no pages", base, base + 0x1000, 0),
-            ("no memory", UNBACKED, UNBACKED + 0x1000, 1),
         ):
             answer = t.call(id, Call.RXTX_MAP, tx, rx, pages, smc64=True)
             t.fails(answer, Error.INVALID_PARAMETERS, what)
+        nowhere = t.call(id, Call.RXTX_MAP, UNBACKED, UNBACKED + 0x1000, 1, smc64=True)
+        t.fails(nowhere, Error.INVALID_PARAMETERS, "no memory", Error.DENIED)
         t.ok(t.call(id, Call.RXTX_MAP, base, base + PAGE_SIZE, 1, smc64=False), "maps by SMC32")
         again = t.call(id, Call.RXTX_MAP, base + 0x2000, base + 0x3000, 1, smc64=True)
         t.fails(again, Error.DENIED, "maps twice")
@@ -222,7 +233,7 @@ def rxtx_exclusive_access(t: Run) -> None:
         ):
             for tx, rx in ((address, base), (base, address), (address, address + PAGE_SIZE)):
                 answer = t.call(id, Call.RXTX_MAP, tx, rx, 1, smc64=True)
-                t.refused(answer, f"a buffer in memory {what}")
+                t.fails(answer, Error.INVALID_PARAMETERS, f"a buffer in memory {what}")
         t.ok(t.endpoint(id).map_buffers(base, base + PAGE_SIZE), "maps its own")
     t.restart()
     t.ok(t.call(1, Call.PARTITION_INFO_GET), "RX is full")

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -24,11 +25,14 @@ from ffa.abi.ids import Call as Ffa
 from ffa.abi.messages import parse_infos, uuid_to_words
 from ffa.optee.msg import (
     API_VERSION,
+    CANCEL_RESUME,
+    CLIENT_COMMANDS,
     HEADER_SIZE,
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
     PARAM_SIZE,
+    REGISTER_READ_ONLY,
     TEE_PARAMS,
     Capability,
     Command,
@@ -58,7 +62,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Begun, Done, Event, GenCap, Notification, Outcome, RpcWithdrawn, Sink, TeeInfo, TeeKind
-from tee.memory import Memory, Range
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
@@ -67,6 +71,7 @@ log = logging.getLogger(__name__)
 
 IMPL_OPTEE = 1
 """Implementation id of OP-TEE (Linux uapi/linux/tee.h)."""
+INFO = TeeInfo(TeeKind.FFA, IMPL_OPTEE, 0, GenCap.GP | GenCap.REG_MEM | GenCap.MEMREF_NULL)
 MAX_RPC_PARAMS = 16
 """Parameters of the RPC argument that this driver has room for."""
 RETRY_S = 0.001
@@ -75,6 +80,8 @@ POLL_S = 0.05
 """Seconds between looks for notifications while a context is open."""
 LOOK_S = 0.001
 """… after the partition has worked for this VM, which is when most are raised. A look costs as much as a call."""
+CLIENT_S = 10.0
+"""Seconds that a client has to answer its TA."""
 UNREGISTER_TRIES = 1000
 """How often the partition is asked to give memory back."""
 
@@ -101,6 +108,8 @@ class Pages(Protocol):
 class FfaContext:
     """A client's context. OP-TEE knows none: the driver keeps what hangs under it."""
 
+    driver: FfaTeeDriver
+    owner: object = None  #: of the call that opened it: who is told of notifications
     sessions: set[FfaSession] = field(default_factory=set)
     registered: dict[Memory, FfaRegion] = field(default_factory=dict)
     closing: CloseContext | None = None
@@ -121,16 +130,30 @@ class FfaRegion:
 
     handle: int
     memory: Memory
+    copy: Memory | None = None  #: what is shared in its place, where it is not the VM's
+    foreign: bool = False  #: another VM has shared it, and takes it back
     users: int = 0
     ending: UnregisterMemory | None = None
     send: Frame | None = None  #: the request to work on the message in it, if that is what it is for
 
 
+_OF_CLIENTS: dict[int, RpcCommand] = {wire: RpcCommand(command) for command, wire in CLIENT_COMMANDS.items()}
 _NOTHING = Frame()
 _NO_MEMORY: Callable[[Memory], int] = lambda memory: 0  # noqa: E731
 _REQUEST, _RESPONSE = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_RESP)
 _BUSY, _DONE = int(Result.BUSY), int(Yield.DONE)
 _INVOKE, _OPEN_SESSION = int(Command.INVOKE_COMMAND), int(Command.OPEN_SESSION)
+_CLOSE_SESSION, _REGISTER_SHM = int(Command.CLOSE_SESSION), int(Command.REGISTER_SHM)
+
+
+@dataclass(slots=True, eq=False)
+class _Copied:
+    """A parameter whose bytes the partition has in a copy."""
+
+    param: MemRef
+    copy: Memory
+    at: int = 0  #: where they are in it
+    size: int | None = None  #: bytes that come back; None: those that were written
 
 
 @dataclass(slots=True, eq=False)
@@ -145,11 +168,12 @@ class _Flight:
     params: Sequence[Param] = ()
     first: int = 0  #: number of the first of them
     used: Sequence[FfaRegion] = ()
-    bounced: Sequence[tuple[MemRef, Memory]] = ()  #: temporary memory, and its copy
+    copied: Sequence[_Copied] = ()
     page: FfaRegion | None = None  #: where the message is
     begun: bool = False
     frame: Frame = _NOTHING  #: the next request
     rpc: Rpc | None = None  #: that somebody is to answer
+    lent: Sequence[tuple[Rpc, MemRef]] = ()  #: memory that its RPCs were answered with
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +194,10 @@ class FfaTeeDriver:
 
     ``endpoint`` is the VM, taken in by its hypervisor and with buffers mapped. Raises TeeError(COMMUNICATION): there is
     no such partition, or it is one that cannot be used; MemoryError.
+
+    Memory that another VM has shared (:attr:`Memory.ffa <tee.memory.Memory>`) is registered by its handle, where the
+    partition lets this VM speak for the other. RegisterMemory ends with ITEM_NOT_FOUND then if the partition cannot
+    get it, with BUSY if it is registered, BAD_PARAMETERS: it has another size, ACCESS_DENIED: it may only be read.
     """
 
     def __init__(
@@ -177,10 +205,21 @@ class FfaTeeDriver:
         endpoint: Endpoint,
         pages: Pages,
         *,
+        copies: bool = False,
         now: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
+        look_s: float = LOOK_S,
+        client_s: float | None = CLIENT_S,
     ) -> None:
-        """``now`` tells the VM's time to a TEE that asks for it: nanoseconds since 1970. ``clock`` counts seconds."""
+        """``copies``: memory that is registered is not the VM's own, which has the TEE work on a copy: brought up to
+        date before a call and after it, and around the RPCs that name it. ``now`` tells the VM's time to a TEE that
+        asks for it: nanoseconds since 1970. ``clock`` counts seconds; ``look_s`` of them are between two looks for
+        notifications, at least; ``client_s`` has a client to answer what its TA asks it: meanwhile that has a thread of
+        OP-TEE's, which nobody can take from it. None: those who pass what is asked on to clients see to that."""
+        self._copies = copies
+        self._look_s = look_s
+        self._client_s = client_s
+        self._asking: dict[Rpc, float] = {}  #: of clients, and until when
         self._endpoint = endpoint
         self._pages = pages
         self._now = now
@@ -195,7 +234,7 @@ class FfaTeeDriver:
         self._all: set[_Flight] = set()
         self._rpcs: dict[Rpc, _Flight] = {}
         self._regions: dict[int, FfaRegion] = {}  #: by handle
-        self._lent: set[Memory] = set()
+        self._lent: dict[Memory, MemRef] = {}  #: what was the answer to a SHM_ALLOC, and was not freed
         self._ending: dict[FfaRegion, int] = {}  #: regions to be given back, and how often that was tried
         self._released: set[Memory] = set()  #: by their owner, while they are shared
         self._spare: list[FfaRegion] = []  #: pages for messages
@@ -203,27 +242,12 @@ class FfaTeeDriver:
         self._closing: set[FfaContext] = set()  #: those of them that are being closed
         self._cancel_ids = 0
         self._closed = False
-        self._partition = self._find()
+        self._partition = find_optee(endpoint)
         self._rpc_params, self._notifies = self._exchange()
         self._rpc_arg = Message(0, num_params=self._rpc_params).pack() + bytes(self._rpc_params * PARAM_SIZE)
         self._bit = 0
         if self._notifies:
             self._enable_notifications()
-
-    def _find(self) -> int:
-        answer = self._endpoint.call(Ffa.PARTITION_INFO_GET, *uuid_to_words(OPTEE_UUID))
-        if not answer.ok:
-            raise _unusable(f"there is no OP-TEE: {answer!r}")
-        try:
-            data = self._endpoint.got(min(answer[2] * max(answer[3], 1), self._endpoint.buffer_size))
-            infos = parse_infos(data, answer[2], self._endpoint.version)
-        except FfaError as e:
-            raise _unusable(str(e)) from None
-        finally:
-            self._endpoint.call(Ffa.RX_RELEASE)
-        if not infos:
-            raise _unusable("there is no OP-TEE")
-        return infos[0].id
 
     def _exchange(self) -> tuple[int, bool]:
         answer = self._ask(Service.GET_API_VERSION)
@@ -254,7 +278,7 @@ class FfaTeeDriver:
     @property
     def info(self) -> TeeInfo:
         """OP-TEE."""
-        return TeeInfo(TeeKind.FFA, IMPL_OPTEE, 0, GenCap.GP | GenCap.REG_MEM | GenCap.MEMREF_NULL)
+        return INFO
 
     def attach(self, sink: Sink) -> None:
         """See :class:`~tee.driver.TeeDriver`."""
@@ -365,6 +389,10 @@ class FfaTeeDriver:
         flight = self._rpcs.pop(rpc, None)
         if flight is None:
             return
+        self._asking.pop(rpc, None)
+        for copy, param in _copies_of(rpc):
+            if param.direction.is_output and param.memory is not None:
+                _copy(param.memory, param.offset, copy, param.offset, param.size)
         try:
             code, wires = reply.code, self._reply_wires(rpc, reply)
             pack_params(wires)
@@ -374,18 +402,25 @@ class FfaTeeDriver:
             code, wires = Result.BAD_PARAMETERS, []
         else:
             if rpc.command == RpcCommand.SHM_ALLOC and code == Result.SUCCESS:
-                self._lent.update(p.memory for p in reply.params if isinstance(p, MemRef) and p.memory is not None)
+                for given in reply.params:
+                    if isinstance(given, MemRef) and given.memory is not None:
+                        self._lent[given.memory] = given
+                        flight.lent = [*flight.lent, (rpc, given)]
         flight.rpc = None
-        self._answer(flight, code, wires)
+        self._answer(flight, code, wires, reply.origin)
 
     def run(self) -> float | None:
         """See :class:`~tee.driver.TeeDriver`."""
         progress = self._look_for_notifications() if self._bit else False
+        due = self._give_up_clients() if self._asking else None
         for flights in (self._runnable, self._waiting):
             for _ in range(len(flights)):
                 if flights:  # the end of one may end others
-                    self._worked = True
                     flight = flights.popleft()
+                    if flight.message.cmd == _CLOSE_SESSION and self._has_calls(flight):
+                        self._waiting.append(flight)
+                        continue
+                    self._worked = True
                     progress |= self._came_back(flight, self._endpoint.send(flight.frame))
         for context in list(self._closing) if self._closing else ():
             self._go_on_closing(context)
@@ -401,8 +436,25 @@ class FfaTeeDriver:
         if progress:
             return 0.0
         if not self._bit or not self._contexts:
-            return None
-        return max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
+            return due
+        look = max(self._look_at - self._clock(), 0.0) if self._worked else POLL_S
+        return look if due is None else min(look, due)
+
+    def _give_up_clients(self) -> float | None:
+        """Those that have had their time; seconds until the next one has."""
+        for rpc in [rpc for rpc, until in self._asking.items() if until <= self._clock()]:
+            log.warning("a client has not answered its TA in %g s", self._client_s)
+            self._withdraw(self._rpcs[rpc])
+        return max(min(self._asking.values()) - self._clock(), 0.0) if self._asking else None
+
+    def _withdraw(self, flight: _Flight) -> None:
+        """Nobody in the VM answers what the partition asks any more: OP-TEE's thread goes on without."""
+        rpc, flight.rpc = flight.rpc, None
+        if rpc is not None:
+            del self._rpcs[rpc]
+            self._asking.pop(rpc, None)
+            self._ready.append(RpcWithdrawn(rpc))
+            self._answer(flight, Result.COMMUNICATION, [])
 
     def close(self) -> None:
         """Ends the use of the partition: all calls end, messages' pages are taken back."""
@@ -438,20 +490,11 @@ class FfaTeeDriver:
     def _request(self, *words: int) -> Frame:
         return Frame(_REQUEST, self._endpoint.id << 16 | self._partition, 0, *words)
 
-    def _share(self, memory: Memory) -> FfaRegion:
+    def _share(self, memory: Memory, copy: Memory | None = None) -> FfaRegion:
         """Raises MessageError(BAD_PARAMETERS): the memory is not the VM's, or is shared; MemoryError."""
-        if not memory.ranges:
-            raise MessageError(Result.BAD_PARAMETERS, "only memory of the driver's can be shared: allocate() it")
-        data = Data.RO if memory.read_only else Data.RW
-        receivers = (abi.Receiver(self._partition, permissions(data)),)
-        transaction = abi.Transaction(self._endpoint.id, receivers, ATTRIBUTES_NORMAL)
-        answer = self._endpoint.send_memory(Ffa.MEM_SHARE, transaction, [_pages_of(r) for r in memory.ranges])
-        if not answer.ok:
-            if answer.error in (Error.NO_MEMORY, Error.BUSY):
-                raise MemoryError(f"FFA_MEM_SHARE is answered with {answer!r}")
-            raise MessageError(Result.BAD_PARAMETERS, f"FFA_MEM_SHARE is answered with {answer!r}")
-        region = FfaRegion(pair(answer[2], answer[3]), memory)
-        self._regions[region.handle] = region
+        ranges = (copy or memory).ranges
+        handle = share(self._endpoint, self._partition, ranges, read_only=memory.read_only)
+        region = self._regions[handle] = FfaRegion(handle, memory, copy)
         return region
 
     def _give_back(self) -> None:
@@ -459,7 +502,7 @@ class FfaTeeDriver:
         for region, tries in list(self._ending.items()):
             answer = self._ask(Service.UNREGISTER_SHM, *halves(region.handle))
             gone = answer is not None and answer[3] in (Result.SUCCESS, Result.ITEM_NOT_FOUND)
-            if gone and self._endpoint.reclaim(region.handle).ok:
+            if gone and (region.foreign or self._endpoint.reclaim(region.handle).ok):
                 self._taken_back(region, Result.SUCCESS)
             elif tries < UNREGISTER_TRIES:
                 self._ending[region] = tries + 1
@@ -472,6 +515,8 @@ class FfaTeeDriver:
         memory = region.memory
         if code == Result.SUCCESS:
             del self._regions[region.handle]
+            if region.copy is not None:
+                self._pages.release(region.copy)
             if memory in self._released:
                 self._released.discard(memory)
                 self._pages.release(memory)
@@ -503,7 +548,7 @@ class FfaTeeDriver:
         return handle
 
     def _open_context(self, call: OpenContext) -> None:
-        context = FfaContext()
+        context = FfaContext(self, call.owner)
         self._contexts.add(context)
         self._done(call, Result.SUCCESS, Origin.TEE, context)
 
@@ -511,10 +556,16 @@ class FfaTeeDriver:
         context = self._context(call.context)
         context.closing = call
         self._closing.add(context)
-        for flight in [f for f in self._all if f.context is context and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.context is context])
         self._go_on_closing(context)
+
+    def _end_calls(self, flights: list[_Flight]) -> None:
+        """Cancels them; what they ask for is not waited for any more."""
+        for flight in flights:
+            if flight.call is None:
+                continue
+            self.cancel(flight.call)
+            self._withdraw(flight)
 
     def _go_on_closing(self, context: FfaContext) -> None:
         """Calls end first, then sessions, then registrations; then the context is closed."""
@@ -532,7 +583,8 @@ class FfaTeeDriver:
         if not context.registered and context in self._contexts:
             self._contexts.discard(context)
             self._closing.discard(context)
-            self._done(context.closing, Result.SUCCESS, Origin.TEE)
+            call, context.closing, context.owner = context.closing, None, None  # they refer to the context
+            self._done(call, Result.SUCCESS, Origin.TEE)
 
     def _open_session(self, call: OpenSession) -> None:
         context = self._context(call.context)
@@ -559,9 +611,7 @@ class FfaTeeDriver:
         self._close(self._session(call.session), call)
 
     def _close(self, session: FfaSession, call: CloseSession | None) -> None:
-        for flight in [f for f in self._all if f.session is session and f.call is not None]:
-            assert flight.call is not None
-            self.cancel(flight.call)
+        self._end_calls([f for f in self._all if f.session is session])
         session.closing = True
         message = Message(Command.CLOSE_SESSION, session=session.ident)
         try:
@@ -574,10 +624,31 @@ class FfaTeeDriver:
         context, memory = self._context(call.context), call.memory
         if memory.handle is not None:
             raise TeeError(Result.BAD_STATE, Origin.API, "registered already")
-        region = self._share(memory)
-        memory.handle = region
-        context.registered[memory] = region
+        if memory.ffa is not None:
+            self._name(call, context, memory, memory.ffa)
+            return
+        copy = self._pages.allocate(memory.size) if self._copies else None
+        try:
+            region = self._share(memory, copy)
+        except (MessageError, MemoryError):
+            if copy is not None:
+                self._pages.release(copy)
+            raise
+        self._take_in(context, region)
         self._done(call, Result.SUCCESS, Origin.TEE)
+
+    def _name(self, call: RegisterMemory, context: FfaContext, memory: Memory, share: FfaShare) -> None:
+        """Registers memory that another VM has shared."""
+        flags = REGISTER_READ_ONLY if memory.read_only else 0
+        meta: list[Wire] = [
+            Value(Direction.IN, share.handle, share.tag, share.owner, meta=True),
+            Value(Direction.IN, memory.size, flags, meta=True),
+        ]
+        pack_params(meta)
+        self._send(_Flight(Message(Command.REGISTER_SHM), meta, call, context, first=len(meta)))
+
+    def _take_in(self, context: FfaContext, region: FfaRegion) -> None:
+        region.memory.handle = context.registered[region.memory] = region
 
     def _unregister(self, call: UnregisterMemory) -> None:
         region = self._context(call.context).registered.get(call.memory)
@@ -630,6 +701,10 @@ class FfaTeeDriver:
                 raise MessageError(Result.BAD_PARAMETERS, "memory that is being unregistered")
             if param.offset < 0 or param.offset + param.size > memory.size:
                 raise MessageError(Result.BAD_PARAMETERS, "a reference outside its memory")
+            if region.copy is not None:
+                _copy(memory, param.offset, region.copy, param.offset, param.size)
+                if param.direction.is_output:
+                    flight.copied = [*flight.copied, _Copied(param, region.copy, param.offset, param.size)]
             region.users += 1
             flight.used = [*flight.used, region]
             return to_wire(param, lambda memory: region.handle)
@@ -648,7 +723,8 @@ class FfaTeeDriver:
         region.users += 1
         self._released.add(copy)
         flight.used = [*flight.used, region]
-        flight.bounced = [*flight.bounced, (param, copy)]
+        if param.direction.is_output:
+            flight.copied = [*flight.copied, _Copied(param, copy)]
         return Fmem(param.direction, 0, param.size, region.handle, param.meta)
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
@@ -658,7 +734,7 @@ class FfaTeeDriver:
         if flight.call is not None:
             self._flights[flight.call] = flight
         if first:
-            self._waiting.appendleft(flight)
+            self._runnable.appendleft(flight)
         else:
             self._waiting.append(flight)
 
@@ -687,6 +763,10 @@ class FfaTeeDriver:
         page.send = self._request(Service.CALL_WITH_ARG, *halves(page.handle), 0)
         return page
 
+    def _has_calls(self, closing: _Flight) -> bool:
+        """Whether a session that is to be closed has calls, which are to end before."""
+        return any(f.session is closing.session and f is not closing for f in self._all)
+
     def _came_back(self, flight: _Flight, answer: Frame) -> bool:
         """What the partition says of a message that it has worked on; whether it got on."""
         answer = answer.narrow
@@ -705,6 +785,8 @@ class FfaTeeDriver:
             if answer[4] == _DONE:
                 message = self._outcome(flight)
                 self._end(flight, message.ret, message.ret_origin, message.session)
+                if flight.message.cmd == Command.CANCEL and message.func == CANCEL_RESUME:
+                    self._cancelled_in_rpc(flight.message)
                 return True
             flight.frame = self._request(Service.RESUME, 0, 0, 0, answer[7])
             if answer[4] == Yield.INTERRUPT:
@@ -717,6 +799,12 @@ class FfaTeeDriver:
             log.warning("OP-TEE gives an answer that makes no sense: %s", e)
             self._end(flight, Result.COMMUNICATION, Origin.COMMS, may_have_run=True)
         return True
+
+    def _cancelled_in_rpc(self, cancel: Message) -> None:
+        """OP-TEE does not wait for what the cancelled call has asked: it is to be resumed."""
+        for flight in list(self._rpcs.values()):
+            if (flight.message.session, flight.message.cancel_id) == (cancel.session, cancel.cancel_id):
+                self._withdraw(flight)
 
     def _outcome(self, flight: _Flight) -> Message:
         """The message as it came back, its outputs given. Raises MessageError: it makes no sense; nothing is given."""
@@ -731,9 +819,23 @@ class FfaTeeDriver:
             ident = message.session
             if any(s.ident == ident for c in self._contexts for s in c.sessions):
                 raise MessageError(Result.COMMUNICATION, f"session {ident} is open already")
+        if flight.message.cmd == _REGISTER_SHM and not message.ret:
+            self._named(flight)
         if outputs:
             _give_outputs(flight, outputs)
         return message
+
+    def _named(self, flight: _Flight) -> None:
+        """The partition has memory of another VM's. Raises MessageError: it had it already."""
+        assert isinstance(flight.call, RegisterMemory)
+        memory = flight.call.memory
+        assert memory.ffa is not None
+        assert flight.context is not None
+        handle = memory.ffa.handle
+        if handle in self._regions:
+            raise MessageError(Result.COMMUNICATION, f"memory {handle:#x} is there already")
+        self._regions[handle] = region = FfaRegion(handle, memory, foreign=True)
+        self._take_in(flight.context, region)
 
     def _end(self, flight: _Flight, code: int, origin: int, session: int = 0, *, may_have_run: bool = False) -> None:
         """A message is over, whatever came of it."""
@@ -743,7 +845,12 @@ class FfaTeeDriver:
                 flights.remove(flight)
         if flight.rpc is not None:
             self._rpcs.pop(flight.rpc, None)
+            self._asking.pop(flight.rpc, None)
             self._ready.append(RpcWithdrawn(flight.rpc))
+        for rpc, given in flight.lent:
+            if given.memory is not None and self._lent.get(given.memory) is given:
+                del self._lent[given.memory]  # the TEE uses it no longer than the call lasts
+                self._ready.append(RpcWithdrawn(rpc))
         self._let_go(flight, keep_page=not may_have_run)
         value: object = None
         context, command = flight.context, flight.message.cmd
@@ -786,7 +893,8 @@ class FfaTeeDriver:
             raise MessageError(Result.COMMUNICATION, f"an RPC with {message.num_params} parameters")
         size = message_size(message.num_params) - HEADER_SIZE
         wires = unpack_params(flight.page.memory.read(at + HEADER_SIZE, size))
-        command = message.cmd
+        client = _OF_CLIENTS.get(message.cmd)
+        command = message.cmd if client is None else client
         try:
             params = self._rpc_params_of(command, wires)
         except MessageError as e:
@@ -797,8 +905,13 @@ class FfaTeeDriver:
         if own is not None:
             self._answer(flight, own.code, [to_wire(p, self._handle) for p in own.params] or wires)
             return
-        flight.rpc = rpc = Rpc(command, params, flight.call)
+        flight.rpc = rpc = Rpc(command, params, flight.call, client is not None)
+        for copy, param in _copies_of(rpc):
+            if param.direction.is_input:
+                _copy(copy, param.offset, param.memory, param.offset, param.size)
         self._rpcs[rpc] = flight
+        if client is not None and self._client_s is not None:
+            self._asking[rpc] = self._clock() + self._client_s
         self._ready.append(rpc)
 
     def _rpc_params_of(self, command: int, wires: list[Wire]) -> list[Param]:
@@ -809,8 +922,8 @@ class FfaTeeDriver:
             case [Value(direction=Direction.IN, a=kind, b=handle)]:
                 memory = self._memory(handle)
                 if memory in self._lent:
-                    self._lent.discard(memory)
-                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, 0, memory.size)]
+                    given = self._lent.pop(memory)
+                    return [Value(Direction.IN, kind), MemRef(Direction.INOUT, memory, given.offset, given.size)]
         raise MessageError(Result.BAD_PARAMETERS, "a SHM_FREE of what was not lent")
 
     def _memory(self, handle: int) -> Memory:
@@ -838,7 +951,8 @@ class FfaTeeDriver:
             case RpcCommand.GET_TIME, _:
                 return RpcReply(Result.BAD_PARAMETERS)
             case RpcCommand.NOTIFICATION, [Value(direction=Direction.IN, a=kind, b=value)] if kind == NOTIFY_SEND:
-                self._ready.append(Notification(value & 0xFFFF_FFFF))
+                owner = next((c.owner for c in self._contexts if c.closing is None), None)
+                self._ready.append(Notification(value & 0xFFFF_FFFF, owner))
                 return RpcReply(Result.SUCCESS)
             case RpcCommand.NOTIFICATION, _:
                 return RpcReply(Result.NOT_SUPPORTED)
@@ -860,10 +974,10 @@ class FfaTeeDriver:
             raise MessageError(Result.BAD_PARAMETERS, "an answer with another number of parameters")
         return [to_wire(param, self._handle) for param in params]
 
-    def _answer(self, flight: _Flight, code: int, wires: list[Wire]) -> None:
+    def _answer(self, flight: _Flight, code: int, wires: list[Wire], origin: int = Origin.COMMS) -> None:
         assert flight.page is not None
         at = message_size(len(flight.wires))
-        message = Message(0, ret=code & 0xFFFF_FFFF, ret_origin=Origin.COMMS, num_params=len(wires))
+        message = Message(0, ret=code & 0xFFFF_FFFF, ret_origin=origin, num_params=len(wires))
         flight.page.memory.write(at, message.pack() + pack_params(wires))
         self._runnable.append(flight)
 
@@ -875,7 +989,7 @@ class FfaTeeDriver:
         at = self._clock()
         if at < self._look_at:
             return False
-        self._look_at, self._worked = at + LOOK_S, False
+        self._look_at, self._worked = at + self._look_s, False
         answer = self._endpoint.call(Ffa.NOTIFICATION_GET, self._endpoint.id, GET_FROM_SP)
         if not answer.ok or not pair(answer[2], answer[3]) & self._bit:
             return False
@@ -884,6 +998,40 @@ class FfaTeeDriver:
         except MemoryError:
             log.warning("no memory for a bottom half: notifications wait for the next")
         return True
+
+
+def share(endpoint: Endpoint, partition: int, ranges: Sequence[Range], *, read_only: bool = False, tag: int = 0) -> int:
+    """Shares pages of ``endpoint``'s with ``partition``; the handle, by which they are reclaimed.
+
+    Raises MessageError(BAD_PARAMETERS): they are not the endpoint's alone, or do not start at a page; MemoryError.
+    """
+    if not ranges:
+        raise MessageError(Result.BAD_PARAMETERS, "only memory of the driver's can be shared: allocate() it")
+    receivers = (abi.Receiver(partition, permissions(Data.RO if read_only else Data.RW)),)
+    transaction = abi.Transaction(endpoint.id, receivers, ATTRIBUTES_NORMAL, tag=tag)
+    answer = endpoint.send_memory(Ffa.MEM_SHARE, transaction, [_pages_of(r) for r in ranges])
+    if not answer.ok:
+        if answer.error in (Error.NO_MEMORY, Error.BUSY):
+            raise MemoryError(f"FFA_MEM_SHARE is answered with {answer!r}")
+        raise MessageError(Result.BAD_PARAMETERS, f"FFA_MEM_SHARE is answered with {answer!r}")
+    return pair(answer[2], answer[3])
+
+
+def find_optee(endpoint: Endpoint) -> int:
+    """The id of OP-TEE's partition. Raises TeeError(COMMUNICATION): there is none."""
+    answer = endpoint.call(Ffa.PARTITION_INFO_GET, *uuid_to_words(OPTEE_UUID))
+    if not answer.ok:
+        raise _unusable(f"there is no OP-TEE: {answer!r}")
+    try:
+        data = endpoint.got(min(answer[2] * max(answer[3], 1), endpoint.buffer_size))
+        infos = parse_infos(data, answer[2], endpoint.version)
+    except FfaError as e:
+        raise _unusable(str(e)) from None
+    finally:
+        endpoint.call(Ffa.RX_RELEASE)
+    if not infos:
+        raise _unusable("there is no OP-TEE")
+    return infos[0].id
 
 
 def _pages_of(piece: Range) -> abi.AddressRange:
@@ -895,16 +1043,34 @@ def _pages_of(piece: Range) -> abi.AddressRange:
 
 def _give_outputs(flight: _Flight, outputs: list[Param]) -> None:
     """Into the call's parameters, and from copies into temporary memory."""
-    copies = {id(param): copy for param, copy in flight.bounced}
+    copied = {id(one.param): one for one in flight.copied}
     for param, given in zip(flight.params, outputs, strict=True):
         match param, given:
             case Value(), Value():
                 param.a, param.b, param.c = given.a, given.b, given.c
             case MemRef(), MemRef():
-                copy = copies.get(id(param))
-                if copy is not None and param.memory is not None and param.direction.is_output:
-                    param.memory.write(param.offset, copy.read(0, min(given.size, param.size)))
+                one = copied.get(id(param))
+                if one is not None:
+                    size = min(given.size, param.size) if one.size is None else one.size
+                    _copy(one.copy, one.at, param.memory, param.offset, size)
                 param.size = given.size
+
+
+def _copies_of(rpc: Rpc) -> list[tuple[Memory, MemRef]]:
+    """The references of an RPC to memory of which the partition has a copy, each with that."""
+    found = []
+    for param in rpc.params:
+        region = param.memory.handle if isinstance(param, MemRef) and param.memory is not None else None
+        if isinstance(param, MemRef) and isinstance(region, FfaRegion) and region.copy is not None:
+            found.append((region.copy, param))
+    return found
+
+
+def _copy(source: Memory, at: int, target: Memory | None, to: int, size: int) -> None:
+    """Nothing where one of them has gone meanwhile, or must not be written."""
+    if target is not None:
+        with suppress(ValueError):
+            target.write(to, source.read(at, size))
 
 
 def _unusable(why: str) -> TeeError:

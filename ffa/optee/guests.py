@@ -23,6 +23,7 @@ class Limits:
     regions: int = 512  #: regions of memory that are retrieved
     sessions: int = 256
     notifications: int = 64  #: values that wait for DO_BOTTOM_HALF
+    rpc_params: int = 4  #: of the RPC argument behind each message, as with OP-TEE; an OCALL's function is one of them
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,7 @@ class Shm:
     """A region that was retrieved. Its memory has all its pages."""
 
     handle: int
+    owner: int  #: the VM that has shared it
     memory: Memory
     users: int = 0  #: calls and answers to RPCs that name it
     registering: RegisterMemory | None = None
@@ -73,6 +75,7 @@ class Thread:
     params: list[Param] = field(default_factory=list)  #: what they mean
     call: Call | None = None
     held: list[Shm] = field(default_factory=list)  #: what it uses
+    lent: list[Rpc] = field(default_factory=list)  #: its SHM_ALLOCs that were answered with memory
     then: Callable[[int], None] | None = None  #: goes on, or gives up with a code, when all that it uses is registered
     done: bool = False  #: the outcome stands in ``message``
     asks: deque[Ask] = field(default_factory=deque)  #: RPCs that wait
@@ -96,6 +99,7 @@ class Guest:
 
     vm: int
     limits: Limits
+    name: str  #: as the TEE knows it
     context: object = None
     opening: OpenContext | None = None
     ended: bool = False
@@ -126,7 +130,7 @@ class Guest:
 
     def shm_of(self, memory: Memory) -> Shm:
         """The region of this memory. Raises MessageError(GENERIC): it is not the VM's."""
-        found = self.shms.get(memory.ffa_handle) if memory.ffa_handle is not None else None
+        found = self.shms.get(memory.ffa.handle) if memory.ffa is not None else None
         if found is None or found.memory is not memory:
             raise MessageError(Result.GENERIC, "the TEE names memory that is not the VM's")
         return found

@@ -17,6 +17,7 @@ from pyvhost.codec import Codec, Ignored
 from tee.memory import Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Result
+from tee.rpc import RpcCommand
 
 OPTEE_UUID = UUID("486178e0-e7f8-11e3-bc5e-0002a5d5c51b")
 """The partition's UUID, by which FFA_PARTITION_INFO_GET finds it."""
@@ -60,8 +61,28 @@ class Command(IntEnum):
     INVOKE_COMMAND = 1
     CLOSE_SESSION = 2
     CANCEL = 3
+    REGISTER_SHM = 4  #: memory that another VM has shared; OP-TEE has this command, but not over FF-A
     DO_BOTTOM_HALF = 6
     STOP_ASYNC_NOTIF = 7
+
+
+class ClientCommand(IntEnum):
+    """RPC commands of ours, for the client whose call the message is; OP-TEE's numbers are below them."""
+
+    OCALL = 0x1000
+    SHM_ALLOC = 0x1001
+    SHM_FREE = 0x1002
+
+
+CANCEL_RESUME = 1
+"""``func`` of an answered CANCEL, of ours: the call waits for an answer that OP-TEE wants no more; resume it."""
+
+CLIENT_COMMANDS: dict[int, ClientCommand] = {
+    RpcCommand.OCALL: ClientCommand.OCALL,
+    RpcCommand.SHM_ALLOC: ClientCommand.SHM_ALLOC,
+    RpcCommand.SHM_FREE: ClientCommand.SHM_FREE,
+}
+"""How an RPC to the client is called in a message."""
 
 
 class Attr(IntEnum):
@@ -83,6 +104,8 @@ NOTIFY_WAIT, NOTIFY_SEND = 0, 1
 TEE_PARAMS = 4
 """Parameters that a TA can be given."""
 META_PARAMS = 2
+REGISTER_READ_ONLY = 1 << 0
+"""Flag of REGISTER_SHM, whose two meta values are: handle, tag, VM that has shared it; bytes, flags."""
 """Parameters before them in OPEN_SESSION: the TA's UUID; the client's, with its login."""
 
 MessageArg = Struct(

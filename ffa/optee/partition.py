@@ -9,23 +9,38 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 from ffa.abi import transactions as abi
 from ffa.abi.frame import MASK32, Frame, halves, pair
-from ffa.abi.ids import FLAG_TYPE_SHIFT, PAGE_SIZE, TRANSACTION_TYPES, VERSION_1_2, Data, Error, FfaError, Property, fid
+from ffa.abi.ids import (
+    DIRECT_FRAMEWORK_BIT,
+    FLAG_TYPE_SHIFT,
+    PAGE_SIZE,
+    TRANSACTION_TYPES,
+    VERSION_1_2,
+    Data,
+    Error,
+    FfaError,
+    FrameworkMessage,
+    Property,
+    fid,
+)
 from ffa.abi.ids import Call as Ffa
 from ffa.optee.guests import Ask, Guest, Limits, Session, Shm, Thread
 from ffa.optee.msg import (
     API_VERSION,
+    CANCEL_RESUME,
+    CLIENT_COMMANDS,
     HEADER_SIZE,
     MAX_NOTIFICATION,
     META_PARAMS,
     NOTIFY_SEND,
     OPTEE_UUID,
     PARAM_SIZE,
+    REGISTER_READ_ONLY,
     TEE_PARAMS,
     Capability,
     Command,
@@ -58,17 +73,15 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import AtOnce, Done, Event, InvokesAtOnce, Notification, OffersServices, RpcWithdrawn, TeeDriver
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply, ShmType
 
 log = logging.getLogger(__name__)
 
-RPC_PARAMS = 4
-"""Parameters of the RPC argument behind each message."""
 RUNS = 64
-"""How often the TEE is run for one direct request, at most."""
+"""How often the TEE is run for one direct request, at most, where nothing else is said."""
 OS_VERSION = (4, 10, 0)
 
 _BAD = Result.BAD_PARAMETERS
@@ -85,22 +98,42 @@ class OpteePartition(Endpoint):
     """The partition. VMs' memory has to have a backing (:meth:`~ffa.roles.machine.Machine.add`): the TEE works on the
     bytes themselves.
 
-    ``tee`` is the partition's alone; its buffers have to be mapped before the first call.
+    ``tee`` is the partition's alone; its buffers have to be mapped before the first call. ``names`` says what the TEE
+    is told of a VM's name, ``runs`` how often the TEE is run for one direct request, at most. ``proxies`` says whose
+    memory a VM may name besides its own: VM → VMs (a host's device, for the guest that it serves).
     """
 
     def __init__(
-        self, id: int, machine: Machine, tee: TeeDriver, *, limits: Limits | None = None, version: int = VERSION_1_2
+        self,
+        id: int,
+        machine: Machine,
+        tee: TeeDriver,
+        *,
+        limits: Limits | None = None,
+        version: int = VERSION_1_2,
+        names: Mapping[int, str] | None = None,
+        proxies: Mapping[int, Collection[int]] | None = None,
+        runs: int = RUNS,
     ) -> None:
         properties = Property.DIRECT_REQ_RECV | Property.NOTIFICATIONS | Property.AARCH64
+        properties |= Property.VM_CREATED | Property.VM_DESTROYED
         super().__init__(id, machine, uuid=OPTEE_UUID, properties=properties, version=version)
         self.tee = tee
         self.limits = limits or Limits()
+        self.names = names or {}
+        self.proxies = proxies or {}
+        self._runs = runs
+        self.due: float | None = None  #: when the TEE wants to run again, as it has said last
+        self._rpc_params = self.limits.rpc_params
+        self._rpc_arg_size = message_size(self._rpc_params)
         self.guests: dict[int, Guest] = {}
         self._threads: dict[int, Thread] = {}
         self._idents = itertools.count(1)
         self._by_call: dict[Call, Thread] = {}
         self._ends: dict[Call, Callable[[Done], None]] = {}
         self._at_once = tee.invoke_at_once if isinstance(tee, InvokesAtOnce) else None
+        self._leaving: set[Guest] = set()
+        """VMs that are gone, and of which the TEE still has something."""
         self._given: dict[Rpc, tuple[Guest, MemRef]] = {}
         """SHM_ALLOCs whose memory the TEE has."""
         tee.attach(self._take)
@@ -121,6 +154,7 @@ class OpteePartition(Endpoint):
         if guest is None:
             return
         guest.ended = True
+        self._leaving.add(guest)
         for thread in list(guest.threads.values()):
             thread.then = None
             for ask in [*thread.asks, *([thread.asked] if thread.asked is not None else ())]:
@@ -131,7 +165,7 @@ class OpteePartition(Endpoint):
             self._start(CloseContext(owner=guest, context=guest.context), partial(self._guest_gone, guest))
         elif guest.opening is None:
             self._let_go(guest)
-        self._work()
+        self.work()
 
     def _guest_gone(self, guest: Guest, done: Done) -> None:
         self._let_go(guest)
@@ -141,6 +175,28 @@ class OpteePartition(Endpoint):
             self._relinquish(guest, shm)
         if isinstance(self.tee, OffersServices):
             self.tee.forget_machine(f"vm{guest.vm}")
+        self._leaving.discard(guest)
+
+    def _created(self, vm: int) -> int:
+        if vm in self.guests:
+            return Error.INVALID_PARAMETERS
+        return Error.RETRY if any(guest.vm == vm for guest in self._leaving) else 0
+
+    def _destroyed(self, vm: int) -> int:
+        """RETRY: the TEE still has something of it."""
+        self.end(vm)
+        for guest in self.guests.values():
+            for shm in [s for s in guest.shms.values() if s.owner == vm and not s.users and s.registering is None]:
+                self._begin_unregister(guest, shm)
+        self.work()
+        left = any(guest.vm == vm for guest in self._leaving)
+        left |= any(shm.owner == vm for guest in self.guests.values() for shm in guest.shms.values())
+        return Error.RETRY if left else 0
+
+    _FRAMEWORK: ClassVar[dict[int, Callable[[Any, int], int]]] = {
+        FrameworkMessage.VM_CREATED: _created,
+        FrameworkMessage.VM_DESTROYED: _destroyed,
+    }
 
     # -- FF-A
 
@@ -150,26 +206,35 @@ class OpteePartition(Endpoint):
         if function not in _REQUESTS:
             if response_to(function) is not None:
                 return respond(frame, Result.NOT_SUPPORTED)
-            self._work()
+            self.work()
             return Frame.of(Ffa.MSG_WAIT)
         x = frame.narrow
+        if x[2] and (framework := self._FRAMEWORK.get(x[2] ^ DIRECT_FRAMEWORK_BIT)) is not None:
+            answer = respond(frame, framework(self, x[5]) & MASK32)
+            return Frame(*answer[:2], x[2] + 1, *answer[3:])
         serve = self._SERVICES.get(x[3])
         if serve is None:
             return respond(frame, Result.NOT_SUPPORTED)
         vm = x[1] >> 16
         guest = self.guests.get(vm)
         if guest is None:
-            guest = self.guests[vm] = Guest(vm, self.limits)
+            guest = self.guests[vm] = Guest(vm, self.limits, self.names.get(vm, f"vm{vm}"))
         try:
             return respond(frame, *serve(self, guest, x))
         except MessageError as e:
             log.debug("vm %s: %s refused: %s", vm, Service(x[3]).name, e)
             return respond(frame, e.code)
 
-    def _work(self) -> None:
-        for _ in range(RUNS):
-            if self.tee.run() != 0:
+    def work(self) -> None:
+        """Lets the TEE work, outside of any request."""
+        for _ in range(self._runs):
+            if not self._run():
                 break
+
+    def _run(self) -> bool:
+        """Lets the TEE work; whether it has more to do."""
+        self.due = self.tee.run()
+        return self.due == 0
 
     def _api_version(self, guest: Guest, x: Frame) -> Words:
         return API_VERSION
@@ -178,7 +243,7 @@ class OpteePartition(Endpoint):
         return OS_VERSION
 
     def _exchange(self, guest: Guest, x: Frame) -> Words:
-        return 0, RPC_PARAMS, Capability.ARG_OFFSET | Capability.ASYNC_NOTIF, MAX_NOTIFICATION
+        return 0, self._rpc_params, Capability.ARG_OFFSET | Capability.ASYNC_NOTIF, MAX_NOTIFICATION
 
     def _enable_notifications(self, guest: Guest, x: Frame) -> Words:
         if x[4] > MAX_NOTIFICATION:
@@ -194,19 +259,22 @@ class OpteePartition(Endpoint):
             raise MessageError(Result.ITEM_NOT_FOUND, "the partition does not have it")
         if shm.users or shm.registering is not None:
             raise MessageError(Result.BUSY, "in use")
-        if not shm.ready:
-            self._relinquish(guest, shm)
-            return (0,)
-        if shm.unregistering is None:
-            shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
-            self._start(shm.unregistering, partial(self._unregistered, guest, shm))
-        for _ in range(RUNS):
-            more = self.tee.run() == 0
+        self._begin_unregister(guest, shm)
+        for _ in range(self._runs):
+            more = self._run()
             if shm.unregistering is None or not more:
                 break
         if guest.shms.get(shm.handle) is shm:
             raise MessageError(Result.BUSY, "the TEE still has it")
         return (0,)
+
+    def _begin_unregister(self, guest: Guest, shm: Shm) -> None:
+        """Ends a registration, and the retrieval with it; at once where the TEE does not know it."""
+        if not shm.ready:
+            self._relinquish(guest, shm)
+        elif shm.unregistering is None:
+            shm.unregistering = UnregisterMemory(owner=guest, context=guest.context, memory=shm.memory)
+            self._start(shm.unregistering, partial(self._unregistered, guest, shm))
 
     def _unregistered(self, guest: Guest, shm: Shm, done: Done) -> None:
         shm.unregistering = None
@@ -260,7 +328,7 @@ class OpteePartition(Endpoint):
         if isinstance(outcome, tuple):
             message.end(*outcome)
             _write_outcome(shm.memory, at, message, wires, params)
-            self.tee.run()
+            self.due = self.tee.run()
             return _DONE
         thread = self._thread(guest, shm, at, message, wires)
         thread.params = params
@@ -301,22 +369,27 @@ class OpteePartition(Endpoint):
             if found.unregistering is not None:
                 raise MessageError(_BAD, f"{handle:#x} is being unregistered")
             return found
+        return self._retrieve(guest, FfaShare(handle, owner=guest.vm))
+
+    def _retrieve(self, guest: Guest, share: FfaShare, permissions: int = 0) -> Shm:
+        """A region of ``guest``'s from now on, with all permissions or those that are named. Raises MessageError."""
+        handle = share.handle
         if len(guest.shms) >= self.limits.regions:
             raise MessageError(Result.OUT_OF_MEMORY, "too many regions: unregister some")
-        shared = abi.Transaction(guest.vm, (abi.Receiver(self.id),), flags=_SHARED, handle=handle)
-        answer, data = self.retrieve(shared)
+        receivers = (abi.Receiver(self.id, permissions),)
+        answer, data = self.retrieve(abi.Transaction(share.owner, receivers, 0, _SHARED, handle, share.tag))
         if answer.fid != fid(Ffa.MEM_RETRIEVE_RESP):
             code = _CODES.get(answer.error, _BAD) if answer.error is not None else _BAD
             raise MessageError(code, f"{handle:#x} cannot be retrieved: {answer!r}")
         try:
-            memory = self._views(handle, data)
+            memory = self._views(share, data)
         except (FfaError, AccessFaultError, ValueError) as e:
             self.relinquish(handle)
             raise MessageError(Result.NOT_SUPPORTED, f"{handle:#x} cannot be used: {e}") from None
-        found = guest.shms[handle] = Shm(handle, memory)
+        found = guest.shms[handle] = Shm(handle, share.owner, memory)
         return found
 
-    def _views(self, handle: int, data: bytes) -> Memory:
+    def _views(self, share: FfaShare, data: bytes) -> Memory:
         """The memory that a retrieve response describes. Raises FfaError, AccessFaultError, ValueError."""
         (receiver,) = abi.parse(data, self.version).receivers
         read_only = receiver.permissions & 3 != Data.RW
@@ -324,7 +397,7 @@ class OpteePartition(Endpoint):
         access = Access.R if read_only else Access.RW
         ranges = abi.parse_ranges(data[composite.ranges :])
         views = [self.machine.view(self.id, address, pages * PAGE_SIZE, access) for address, pages in ranges]
-        return Memory(views, read_only=read_only, ffa_handle=handle)
+        return Memory(views, read_only=read_only, ffa=share)
 
     def _relinquish(self, guest: Guest, shm: Shm) -> None:
         shm.memory.forget()
@@ -346,7 +419,7 @@ class OpteePartition(Endpoint):
             return
         if guest.context is None:
             if guest.opening is None:
-                guest.opening = OpenContext(owner=guest, vm=f"vm{guest.vm}")
+                guest.opening = OpenContext(owner=guest, vm=guest.name)
                 self._start(guest.opening, partial(self._context_opened, guest))
             return
         ready = True
@@ -393,11 +466,11 @@ class OpteePartition(Endpoint):
         message = Message.unpack(memory.read(at, HEADER_SIZE))
         count = message.num_params
         end = at + HEADER_SIZE + count * PARAM_SIZE
-        if count > META_PARAMS + TEE_PARAMS or end + _RPC_ARG_SIZE > memory.size:
+        if count > META_PARAMS + TEE_PARAMS or end + self._rpc_arg_size > memory.size:
             raise MessageError(_BAD, f"a message with {count} parameters at {at} of {memory.size} bytes")
-        # there is always one for a CANCEL, which ends at once
+        # there is always one for those that end at once
         full = len(guest.threads) >= self.limits.threads_per_vm or len(self._threads) >= self.limits.threads
-        if full and message.cmd != Command.CANCEL:
+        if full and message.cmd not in _WITHOUT_THREAD:
             raise MessageError(Result.BUSY, "no thread is free")
         return message, memory.read(at + HEADER_SIZE, count * PARAM_SIZE) if count else b""
 
@@ -410,14 +483,18 @@ class OpteePartition(Endpoint):
         return thread
 
     def _leave(self, thread: Thread) -> None:
+        for rpc in thread.lent:
+            _, given = self._given.pop(rpc, (None, None))
+            if given is not None and given.memory is not None:
+                thread.guest.give_back(given.memory)  # the TEE uses it no longer than the call lasts
         for shm in thread.held:
             shm.users -= 1
         del self._threads[thread.ident], thread.guest.threads[thread.ident]
 
     def _go_on(self, thread: Thread) -> Words:
         """Lets the TEE work until the thread has something to say, or nothing can be done now."""
-        for _ in range(RUNS):
-            if (thread.done and thread.then is None) or thread.asks or self.tee.run() != 0:
+        for _ in range(self._runs):
+            if (thread.done and thread.then is None) or thread.asks or not self._run():
                 break
         while thread.asks:
             ask = thread.asks.popleft()
@@ -463,7 +540,7 @@ class OpteePartition(Endpoint):
             raise MessageError(Result.OUT_OF_MEMORY, "too many sessions: close some")
         self._take_params(thread, META_PARAMS)
         thread.message.session = 0
-        identity = Client(client.c, uuid_of(client), f"vm{guest.vm}")
+        identity = Client(client.c, uuid_of(client), guest.name)
         guest.opening_sessions += 1
 
         def then(code: int) -> None:
@@ -524,12 +601,44 @@ class OpteePartition(Endpoint):
             if message.cancel_id == wanted.cancel_id:
                 if other.call is not None:
                     self.tee.cancel(other.call)
+                    self.work()
+                    if other.asked is not None and other.asked.withdrawn:
+                        wanted.func = CANCEL_RESUME
                 elif other.then is not None:
                     then, other.then = other.then, None
                     then(Result.CANCEL)
                 thread.end(Result.SUCCESS, Origin.TEE)
                 return
         raise MessageError(Result.ITEM_NOT_FOUND, "no such call")
+
+    def _register_shm(self, thread: Thread) -> None:
+        """Takes memory that another VM has shared, for a VM that may speak for it. What is not that VM's, and what was
+        never shared, are told apart by nobody."""
+        guest = thread.guest
+        if guest.vm not in self.proxies:
+            raise MessageError(Result.NOT_IMPLEMENTED, "for VMs that speak for others")
+        match thread.wires:
+            case [
+                Value(direction=Direction.IN, meta=True, a=handle, b=tag, c=owner),
+                Value(direction=Direction.IN, meta=True, a=size, b=flags),
+            ] if not flags & ~REGISTER_READ_ONLY:
+                pass
+            case _:
+                raise MessageError(_BAD, "REGISTER_SHM without its meta parameters, or with unknown flags")
+        if owner not in self.proxies[guest.vm]:
+            raise MessageError(Result.ACCESS_DENIED, f"VM {guest.vm:#x} does not speak for {owner:#x}")
+        if any(handle in g.shms and g.shms[handle].owner == owner for g in self.guests.values()):
+            raise MessageError(Result.BUSY, f"{handle:#x} is registered already")
+        try:
+            shm = self._retrieve(guest, FfaShare(handle, tag, owner), Data.RO if flags else Data.NOT_SPECIFIED)
+        except MessageError as e:
+            code = Result.ITEM_NOT_FOUND if e.code == _BAD else e.code
+            raise MessageError(code, str(e)) from None
+        if shm.memory.size != size or (shm.memory.read_only and not flags):
+            code = _BAD if shm.memory.size != size else Result.ACCESS_DENIED
+            self._relinquish(guest, shm)
+            raise MessageError(code, f"{handle:#x} has another size, or is read-only")
+        thread.end(Result.SUCCESS, Origin.TEE)
 
     def _bottom_half(self, thread: Thread) -> None:
         """What was raised since the last time, each value by an RPC."""
@@ -548,6 +657,7 @@ class OpteePartition(Endpoint):
         Command.INVOKE_COMMAND: _invoke,
         Command.CLOSE_SESSION: _close_session,
         Command.CANCEL: _cancel,
+        Command.REGISTER_SHM: _register_shm,
         Command.DO_BOTTOM_HALF: _bottom_half,
         Command.STOP_ASYNC_NOTIF: _stop_notifications,
     }
@@ -562,9 +672,10 @@ class OpteePartition(Endpoint):
         guest, rpc = thread.guest, ask.rpc
         try:
             wires = self._question(guest, rpc) if ask.own is None else ask.own
-            if len(wires) > RPC_PARAMS:
+            if len(wires) > self._rpc_params:
                 raise MessageError(Result.NOT_SUPPORTED, f"an RPC with {len(wires)} parameters")
-            data = Message(rpc.command, num_params=len(wires)).pack() + pack_params(wires)
+            command = CLIENT_COMMANDS[rpc.command] if rpc.to_client else rpc.command
+            data = Message(command, num_params=len(wires)).pack() + pack_params(wires)
         except MessageError as e:
             log.warning("an RPC of the TEE cannot be sent: %s", e)
             if ask.own is None:
@@ -593,7 +704,7 @@ class OpteePartition(Endpoint):
         message = Message.unpack(memory.read(thread.rpc_at, HEADER_SIZE))
         try:
             count = message.num_params
-            if count > RPC_PARAMS:
+            if count > self._rpc_params:
                 raise MessageError(Result.COMMUNICATION, f"an answer with {count} parameters")
             wires = unpack_params(memory.read(thread.rpc_at + HEADER_SIZE, message_size(count) - HEADER_SIZE))
             if rpc.command == RpcCommand.SHM_ALLOC:
@@ -604,7 +715,7 @@ class OpteePartition(Endpoint):
             if rpc.command == RpcCommand.SHM_FREE:
                 reply = RpcReply(message.ret)
             else:
-                reply = RpcReply(message.ret, take_outputs(rpc.params, wires, message.ret))
+                reply = RpcReply(message.ret, take_outputs(rpc.params, wires, message.ret), message.ret_origin)
         except MessageError as e:
             log.debug("vm %s: answer refused: %s", thread.guest.vm, e)
             reply = RpcReply(Result.COMMUNICATION)
@@ -653,6 +764,7 @@ class OpteePartition(Endpoint):
                 self._free(thread, shm.handle)
             else:
                 thread.guest.lent.append(shm)
+                thread.lent.append(ask.rpc)
                 self._given[ask.rpc] = thread.guest, given
                 self.tee.answer(ask.rpc, RpcReply(Result.SUCCESS, [given]))
 
@@ -689,8 +801,8 @@ class OpteePartition(Endpoint):
         guest, given = self._given.pop(rpc, (None, None))
         if guest is not None and given is not None and given.memory is not None:
             guest.give_back(given.memory)
-            if thread is not None and given.memory.ffa_handle is not None:
-                self._free(thread, given.memory.ffa_handle)
+            if thread is not None and given.memory.ffa is not None:
+                self._free(thread, given.memory.ffa.handle)
         if thread is None:
             return
         for ask in list(thread.asks):
@@ -720,7 +832,7 @@ class OpteePartition(Endpoint):
 _CANCELLED = frozenset({Command.OPEN_SESSION, Command.INVOKE_COMMAND})
 _REQUESTS = fid(Ffa.MSG_SEND_DIRECT_REQ), fid(Ffa.MSG_SEND_DIRECT_REQ, True)
 _INVOKE = int(Command.INVOKE_COMMAND)
-_RPC_ARG_SIZE = message_size(RPC_PARAMS)
+_WITHOUT_THREAD = frozenset({Command.CANCEL, Command.REGISTER_SHM})
 _DONE: Words = (0, int(Yield.DONE))
 
 

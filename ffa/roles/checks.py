@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from ffa.abi import transactions as abi
 from ffa.abi.ids import (
     ATTRIBUTE_NS,
+    ATTRIBUTES_CACHE_MASK,
+    ATTRIBUTES_DEVICE,
     ATTRIBUTES_NORMAL,
+    ATTRIBUTES_TYPE_MASK,
     FLAG_BYPASS_BORROWERS,
     FLAG_CLEAR,
     FLAG_CLEAR_ON_RELINQUISH,
@@ -95,6 +98,9 @@ class Sending:
 
 
 def _attributes_denied(attributes: int) -> bool:
+    """As in Hafnium: normal, write-back, inner shareable memory; of device types the strictest, nGnRnE, alone."""
+    if attributes & ATTRIBUTES_TYPE_MASK == ATTRIBUTES_DEVICE:
+        return attributes & ATTRIBUTES_CACHE_MASK != 0
     return attributes & 0x3F != ATTRIBUTES_NORMAL
 
 
@@ -145,7 +151,7 @@ SEND: tuple[Check[Sending], ...] = (
         lambda s: not s.shared_attributes and s.descriptor.attributes != 0,
     ),
     Check(
-        "attributes other than normal, write-back, inner shareable memory",
+        "attributes other than normal, write-back, inner shareable memory, or device-nGnRnE",
         _DENIED,
         lambda s: s.shared_attributes and _attributes_denied(s.descriptor.attributes),
     ),
@@ -176,9 +182,6 @@ SEND: tuple[Check[Sending], ...] = (
     Check("permissions that this transaction cannot give", _INVALID, _permissions),
     Check("the composite descriptor does not fit, or receivers name different ones", _INVALID, _composite),
     Check("no pages, or no ranges", _INVALID, lambda s: not s.composite.pages or not s.composite.count),
-    Check("more pages than ranges can hold, or fewer", _INVALID, lambda s: s.composite.pages < s.composite.count),
-    Check("the total length is not that of the ranges", _INVALID, _length),
-    Check("a fragment ends within a range", _INVALID, _cut),
     Check(
         "over quota",
         Error.NO_MEMORY,
@@ -187,6 +190,9 @@ SEND: tuple[Check[Sending], ...] = (
             or s.transactions.count(s.descriptor.sender) >= s.transactions.profile.max_regions
         ),
     ),
+    Check("more pages than ranges can hold, or fewer", _INVALID, lambda s: s.composite.pages < s.composite.count),
+    Check("the total length is not that of the ranges", _INVALID, _length),
+    Check("a fragment ends within a range", _INVALID, _cut),
 )
 """The descriptor itself, when its first fragment is there."""
 
@@ -236,6 +242,11 @@ def _not_owned(r: Ranges) -> bool:
     return states != {exclusive(r.region.descriptor.sender)}
 
 
+def _clears_read_only(r: Ranges) -> bool:
+    descriptor = r.region.descriptor
+    return bool(descriptor.flags & FLAG_CLEAR) and r.transactions.cannot_write(descriptor.sender, r.pages)
+
+
 RANGES: tuple[Check[Ranges], ...] = (
     Check("a range is cut, unaligned, empty or beyond the address space", _INVALID, lambda r: r.ranges is None),
     Check("the ranges' pages are not the total", _INVALID, lambda r: r.region.total != sum(n for _, n in r.ranges)),
@@ -247,7 +258,9 @@ RANGES: tuple[Check[Ranges], ...] = (
         lambda r: any(g is not None and g.device for g in r.transactions.machine.regions_of(r.ranges)),
     ),
     Check("secure memory of, or for, the normal world", _DENIED, _world),
+    Check("a page that is a buffer", _DENIED, lambda r: not r.transactions.reserved.isdisjoint(r.pages)),
     Check("a page that is not the sender's alone", _DENIED, lambda r: r.own and _not_owned(r)),
+    Check("memory is to be cleared that its owner cannot write", _DENIED, _clears_read_only),
 )
 """The ranges and their pages, when all fragments are there."""
 
@@ -282,6 +295,15 @@ def _type(r: Retrieving) -> bool:
     return wanted != 0 and wanted >> FLAG_TYPE_SHIFT != TRANSACTION_TYPES[r.region.call]
 
 
+def _attributes(r: Retrieving) -> bool:
+    """Device memory is less permissive than normal memory, so it is never retrieved as that."""
+    asked, sent = r.request.attributes, r.region.descriptor.attributes
+    if asked & ATTRIBUTES_TYPE_MASK == 0:
+        return False
+    device = sent & ATTRIBUTES_TYPE_MASK == ATTRIBUTES_DEVICE
+    return _attributes_denied(asked) or (device and asked & ATTRIBUTES_TYPE_MASK != ATTRIBUTES_DEVICE)
+
+
 def _borrower_list(r: Retrieving) -> bool:
     wanted = 1 if r.bypass else len(r.region.borrowers)
     if len(r.request.receivers) != wanted or len({x.endpoint for x in r.request.receivers}) != wanted:
@@ -307,13 +329,19 @@ def _instruction(r: Retrieving) -> bool:
     return False
 
 
+def _device_executed(r: Retrieving) -> bool:
+    device = (r.request.attributes or r.region.descriptor.attributes) & ATTRIBUTES_TYPE_MASK == ATTRIBUTES_DEVICE
+    return device and any(asked.permissions >> 2 == Instruction.X for asked in r.request.receivers)
+
+
 def _clears(r: Retrieving) -> bool:
     return bool(r.request.flags & (FLAG_CLEAR | FLAG_CLEAR_ON_RELINQUISH))
 
 
 def _read_only(r: Retrieving) -> bool:
     given, wanted = r.region.borrowers[r.caller].receiver.permissions & 3, r.mine().permissions & 3
-    return given == Data.RO or wanted == Data.RO
+    owner = r.region.descriptor.sender
+    return given == Data.RO or wanted == Data.RO or r.transactions.cannot_write(owner, r.region.pages)
 
 
 def _impdef(r: Retrieving) -> bool:
@@ -347,11 +375,7 @@ RETRIEVE: tuple[Check[Retrieving], ...] = (
     ),
     Check("the NS attribute is set", _INVALID, lambda r: bool(r.request.attributes & ATTRIBUTE_NS)),
     Check("reserved attributes are set", _INVALID, lambda r: r.request.attributes > 0x7F),
-    Check(
-        "attributes other than normal, write-back, inner shareable memory",
-        _DENIED,
-        lambda r: r.request.attributes & 0x30 != 0 and _attributes_denied(r.request.attributes),
-    ),
+    Check("attributes that are more permissive than the sender's, or not supported", _DENIED, _attributes),
     Check("a list of borrowers that is not the sender's", _INVALID, _borrower_list),
     Check(
         "address ranges, which the manager chooses", _INVALID, lambda r: any(x.composite for x in r.request.receivers)
@@ -363,6 +387,7 @@ RETRIEVE: tuple[Check[Retrieving], ...] = (
     ),
     Check("the request does not name the caller", _INVALID, lambda r: r.mine() is None),
     Check("more data access than was given", _DENIED, _data),
+    Check("device memory is to be executed", _DENIED, _device_executed),
     Check("instruction access that is not the receiver's to name, or is missing", _INVALID, _instruction),
     Check("read-only memory is to be cleared", _DENIED, lambda r: _clears(r) and _read_only(r)),
     Check("other implementation-defined words", _INVALID, _impdef),
@@ -423,6 +448,10 @@ class Reclaiming:
     region: Region
 
 
+def _reclaims_read_only(r: Reclaiming) -> bool:
+    return bool(r.flags & FLAG_CLEAR) and r.transactions.cannot_write(r.region.descriptor.sender, r.region.pages)
+
+
 RECLAIM: tuple[Check[Reclaiming], ...] = (
     Check(
         "the caller is not the sender",
@@ -431,6 +460,7 @@ RECLAIM: tuple[Check[Reclaiming], ...] = (
     ),
     Check("reserved flags are set", _INVALID, lambda r: bool(r.flags & ~(FLAG_CLEAR | FLAG_TIME_SLICE))),
     Check("not sent to the end", _INVALID, lambda r: not r.region.complete),
+    Check("memory is to be cleared that its owner cannot write", _DENIED, _reclaims_read_only),
     Check(
         "a borrower has it",
         _DENIED,

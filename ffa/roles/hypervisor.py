@@ -10,6 +10,8 @@ from ffa.abi.frame import MASK32, Frame, halves, pair
 from ffa.abi.ids import (
     BY_FID,
     DIRECT_FRAMEWORK_BIT,
+    FLAG_TYPE_MASK,
+    FLAG_TYPE_SHIFT,
     GET_FROM_HYP,
     GET_FROM_SP,
     GET_FROM_SPM,
@@ -18,9 +20,11 @@ from ffa.abi.ids import (
     HYPERVISOR_ID,
     PAGE_SIZE,
     SECURE_BIT,
+    TRANSACTION_TYPES,
     Call,
     Error,
     FfaError,
+    FrameworkMessage,
     Property,
     fid,
     is_secure,
@@ -32,6 +36,7 @@ from ffa.roles.machines import Context
 from ffa.roles.manager import Kind, Manager, Served
 from ffa.roles.profile import FULL, Profile
 from ffa.roles.spmc import ForwardedMap, Spmc
+from ffa.roles.teardown import Leaving, listeners, tear_down, tell
 from ffa.roles.transactions import Handles, Region
 
 _INVALID = Error.INVALID_PARAMETERS
@@ -70,6 +75,8 @@ class Hypervisor(Manager):
         self._preempted: dict[tuple[int, int], int] = {}  #: partition and context → VM whose request was interrupted
         self.maps_below = False  #: VMs' buffers are mapped below too, which then owns their RX
         self._answers: dict[tuple[int, int], tuple[bytes, int]] = {}  #: (handle, VM) → retrieve response, bytes read
+        self.borrowed: dict[int, set[int]] = {}  #: VM → handles of partitions' memory that it has
+        self._leaving: dict[int, Leaving] = {}
         self._heard: dict[int, set[int | None]] = {}  #: VM → what INFO_GET below has told of, not yet passed on
         if below is not None:
             self._connect(below, buffers, buffer_pages)
@@ -93,13 +100,51 @@ class Hypervisor(Manager):
             self.port.call(Call.RX_RELEASE)
 
     def add(self, endpoint: Endpoint) -> Served:
-        """Takes a VM in. Raises ValueError: its id is taken, 0, or one of the secure world."""
+        """Takes a VM in. Raises ValueError: its id is taken, 0, or one of the secure world; a partition refuses it."""
         if is_secure(endpoint.id) or endpoint.id == HYPERVISOR_ID:
             raise ValueError("a VM's id is from 1 to 0x7fff")
+        if endpoint.id in self._leaving:
+            raise ValueError(f"endpoint {endpoint.id:#x} is being removed")
         served = super().add(endpoint)
+        told: list[int] = []
+        for partition in listeners(self, FrameworkMessage.VM_CREATED):
+            error = tell(self, partition, FrameworkMessage.VM_CREATED, endpoint.id)
+            if error is not None:
+                del self.served[endpoint.id]
+                for other in told:
+                    tell(self, other, FrameworkMessage.VM_DESTROYED, endpoint.id)
+                raise ValueError(f"partition {partition:#x} answers a VM {endpoint.id:#x} with {error.name}")
+            told.append(partition)
         if self.below is not None and endpoint.properties & Property.NOTIFICATIONS:
             self.port.call(Call.NOTIFICATION_BITMAP_CREATE, endpoint.id, endpoint.contexts)
         return served
+
+    def remove(self, vm: int) -> bool:
+        """The VM ``vm`` is gone: it makes no calls any more, partitions are told, and its memory is taken back, zeroed
+        and the hypervisor's. False: somebody still has some of it; call again. Raises ValueError: there is no such VM.
+        """
+        if vm in self.served:
+            self._leaving[vm] = Leaving(self.served.pop(vm), listeners(self, FrameworkMessage.VM_DESTROYED))
+        leaving = self._leaving.get(vm)
+        if leaving is None:
+            raise ValueError(f"there is no VM {vm:#x}")
+        if not tear_down(self, leaving):
+            return False
+        del self._leaving[vm]
+        for of in [of for of, who in self._preempted.items() if who == vm]:
+            del self._preempted[of]
+        return True
+
+    def drop_answers(self, vm: int) -> None:
+        """The VM reads no further fragment of what it has retrieved from below."""
+        for key in [key for key in self._answers if key[1] == vm]:
+            del self._answers[key]
+
+    def take_back(self, region: Region) -> None:
+        """Ends a region that nobody holds any more; nothing where somebody does."""
+        if region.held or (region.below and not self.port.call(Call.MEM_RECLAIM, *halves(region.handle), 0).ok):
+            return
+        self.transactions.reclaim(region, 0)
 
     def _ask_below(self, call: Call, *arguments: int, smc64: bool | None = None) -> Frame:
         """A call that must succeed. Raises FfaError: with the SPMC's code."""
@@ -208,6 +253,8 @@ class Hypervisor(Manager):
             if who.id != self.scheduler:
                 raise FfaError(Error.DENIED, "for the scheduler only")
             return super().run(who, x, vcpu)
+        if not any(p.id == target[0] and target[1] < p.contexts for p in self.partitions_below):
+            raise FfaError(_INVALID, "no such partition, or context of it")
         if self._preempted.get(target) != who.id and (target in self._preempted or who.id != self.scheduler):
             raise FfaError(Error.DENIED, "not interrupted in a request of the caller's")
         self._preempted.pop(target, None)
@@ -381,6 +428,8 @@ class Hypervisor(Manager):
         cut = who.mailbox.size
         if len(blob) > cut:
             self._answers[request.handle, who.id] = (blob, cut)
+        if found.flags & FLAG_TYPE_MASK != TRANSACTION_TYPES[Call.MEM_DONATE] << FLAG_TYPE_SHIFT:
+            self.borrowed.setdefault(who.id, set()).add(request.handle)
         who.mailbox.deliver(blob[:cut])
         self.consumed(who, size, address)
         return Frame.of(Call.MEM_RETRIEVE_RESP, len(blob), min(cut, len(blob)))
@@ -414,6 +463,7 @@ class Hypervisor(Manager):
             raise FfaError(_INVALID)
         self.port.put(abi.build_relinquish(handle, who.id, flags=request.flags))
         self._ask_below(Call.MEM_RELINQUISH)
+        self.borrowed.get(who.id, set()).discard(handle)
         return None
 
     def mem_reclaim(self, who: Served, x: Frame, vcpu: int) -> Frame:

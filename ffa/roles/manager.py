@@ -30,6 +30,7 @@ from ffa.abi.ids import (
     WAIT_RETAIN_RX,
     Call,
     Error,
+    Feature,
     FfaError,
     Function,
     Property,
@@ -131,7 +132,7 @@ HANDLERS: dict[Call, Handler] = {
     Call.MSG_SEND2: Handler(_ALL, "msg_send2"),
     Call.MSG_WAIT: Handler(_VM | _SP, "msg_wait"),
     Call.YIELD: Handler(_VM | _SP, "yielded"),
-    Call.RUN: Handler(_VM | _OS, "run"),
+    Call.RUN: Handler(_ALL, "run"),
     Call.NOTIFICATION_BITMAP_CREATE: Handler(_OS, "bitmap_create", 3),
     Call.NOTIFICATION_BITMAP_DESTROY: Handler(_OS, "bitmap_destroy", 3),
     Call.NOTIFICATION_BIND: Handler(_ALL, "bind", 5),
@@ -202,7 +203,18 @@ class Manager:
     # -- the interface
 
     def call(self, caller: int, frame: Frame, vcpu: int = 0) -> Frame:
-        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers."""
+        """The answer to a call that endpoint ``caller`` makes from its vCPU ``vcpu``. Whatever they say, it answers.
+
+        The answer is what x0 to x17 hold then: x8 and on are the caller's own (SMCCC), but for functions that use them.
+        """
+        kept = frame[8:]
+        if kept == _NOTHING:
+            return self._answer(caller, frame, vcpu)
+        answer = self._answer(caller, frame if frame.fid in _WIDE else Frame(*frame[:8]), vcpu)
+        wide = answer.fid == _RESP2 or (answer.ok and frame.fid == _REGS)
+        return answer if wide else Frame(*answer[:8], *kept)
+
+    def _answer(self, caller: int, frame: Frame, vcpu: int) -> Frame:
         who = self.served.get(caller)
         if who is None:
             return Frame.failure(Error.NOT_SUPPORTED)
@@ -305,6 +317,9 @@ class Manager:
 
     def _interrupt(self, who: Served, feature: int) -> int | None:
         known = {int(f): number for f, number in self.profile.interrupts.items()}
+        told = self.profile.any_interrupt or feature in _INTERRUPTS_OF[who.kind]
+        if who.endpoint.el0 or not told:
+            return None
         return known.get(feature)
 
     def _features_rxtx(self, who: Served, asked: int) -> tuple[int, ...]:
@@ -387,21 +402,26 @@ class Manager:
             raise FfaError(_INVALID)
         if who.mailbox is not None:
             raise FfaError(_DENIED, "buffers are mapped already")
-        box = self.check_buffers(who.id, x[1], x[2], count)
+        box = self.check_buffers(who, x[1], x[2], count)
         who.mailbox = box
         self.machine.set_state(box.pages, buffer_of(who.id))
         return Frame.success()
 
-    def check_buffers(self, owner: int, tx: int, rx: int, count: int) -> Mailbox:
-        """A mailbox in memory that is ``owner``'s alone. Raises FfaError: INVALID_PARAMETERS."""
+    def check_buffers(self, who: Served, tx: int, rx: int, count: int) -> Mailbox:
+        """A mailbox in memory that is ``who``'s alone.
+
+        Raises FfaError: INVALID_PARAMETERS; for memory that is not its own DENIED, on hardware (tf-a-tests), and
+        INVALID_PARAMETERS at a virtual instance (ACS).
+        """
+        not_its_own = _DENIED if who.kind is Kind.OS else _INVALID
         if (tx | rx) % PAGE_SIZE or (tx < rx + count * PAGE_SIZE and rx < tx + count * PAGE_SIZE):
             raise FfaError(_INVALID, "buffers that overlap or are not page-aligned")
         regions = self.machine.regions_of([(tx, count), (rx, count)])
         if None in regions or any(r is not None and r.device for r in regions):
-            raise FfaError(_INVALID, "buffers outside memory")
+            raise FfaError(not_its_own, "buffers outside memory")
         box = Mailbox(self.machine, tx, rx, count * PAGE_SIZE)
-        if self.machine.states_of(box.pages) != {exclusive(owner)}:
-            raise FfaError(_INVALID, "buffers that are not the caller's alone")
+        if self.machine.states_of(box.pages) != {exclusive(who.id)}:
+            raise FfaError(not_its_own, "buffers that are not the caller's alone")
         return box
 
     def rxtx_unmap(self, who: Served, x: Frame, vcpu: int) -> Frame:
@@ -443,12 +463,16 @@ class Manager:
         sender, receiver = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
         if x[2] and not _is_second(x):
             if x[2] & DIRECT_FRAMEWORK_BIT:
-                raise FfaError(_INVALID, "framework messages are for partition managers")
+                return self.framework_message(who, x, vcpu)
             if x[2] & MASK32:
                 raise FfaError(_INVALID)
         if not self.speaks_for(who.id, sender) or sender == receiver:
             raise FfaError(_INVALID)
         return self.ask(who, receiver, x, vcpu)
+
+    def framework_message(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """FFA_MSG_SEND_DIRECT_REQ with a framework message. Raises FfaError: INVALID_PARAMETERS"""
+        raise FfaError(_INVALID, "framework messages are for partition managers")
 
     def ask(self, who: Served, receiver: int, x: Frame, vcpu: int) -> Frame:
         """Runs an endpoint of this manager's own with a direct request. Raises FfaError."""
@@ -486,6 +510,9 @@ class Manager:
             if answer[1] & MASK32 == (request[1] & 0xFFFF) << 16 | request[1] >> 16 & 0xFFFF:
                 del to.requests[vcpu]
                 to.step(vcpu, _RESPOND)
+                if function == _RESP2:
+                    return answer
+                answer = answer if answer[8:] == _NOTHING else Frame(*answer[:8])
                 return answer if function & SMC64_BIT else answer.narrow
         to.requests.pop(vcpu, None)
         to.step(vcpu, _RESPOND)
@@ -500,6 +527,8 @@ class Manager:
     def run(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """FFA_RUN: resumes a preempted context, or lets a waiting one look for work. Target in w1: id, vCPU."""
         target, index = x[1] >> 16 & 0xFFFF, x[1] & 0xFFFF
+        if who.kind is Kind.SP:
+            raise FfaError(_DENIED, "the normal world schedules partitions")
         to = self.served.get(target)
         if to is None or to.kind is not self.kind or target == who.id or index >= len(to.contexts):
             raise FfaError(_INVALID)
@@ -575,6 +604,8 @@ class Manager:
         that is there is the answer; else only an interrupt ends the wait."""
         if any(x[1:2] + x[3:8]) or x[2] & ~WAIT_RETAIN_RX or (x[2] and who.version < VERSION_1_2):
             raise FfaError(_INVALID)
+        if vcpu in who.requests:
+            raise FfaError(_DENIED, "a direct request is not answered yet")
         if who.message is not None:
             return self.msg_poll(who, x, vcpu)
         if not x[2] and who.mailbox is not None and who.mailbox.state is not Rx.EMPTY:
@@ -799,12 +830,12 @@ class Manager:
             raise FfaError(_INVALID, "the request's length is not that of its receivers")
         described = self.describe_all(who, request, box.size)
         if described is not None:
-            self.deliver(who, described)
+            self.deliver(who, described[: box.size])
             self.consumed(who, size, address)
-            return Frame.of(Call.MEM_RETRIEVE_RESP, len(described), len(described))
+            return Frame.of(Call.MEM_RETRIEVE_RESP, len(described), min(box.size, len(described)))
         actor = self.actor(who, [r.endpoint for r in request.receivers])
         region = self.transactions.look_at_retrieve(actor, request)
-        answer = self.transactions.describe(region, _asked(request, actor), who.version)
+        answer = self.transactions.describe(region, _asked(request, actor), who.version, request.attributes)
         self.claim_rx(who)
         part = self.transactions.retrieve(region, actor, request, answer, box.size)
         box.deliver(part)
@@ -886,6 +917,11 @@ class Manager:
         if x[3] & MASK32 not in _PERMS:
             raise FfaError(_INVALID)
         who.pages.update(dict.fromkeys(pages, x[3] & MASK32))
+        read_only = self.transactions.read_only.setdefault(who.id, set())
+        if x[3] & MASK32 == _PERM_RW:
+            read_only.difference_update(pages)
+        else:
+            read_only.update(pages)
         return Frame.success()
 
     # -- others
@@ -907,6 +943,16 @@ class Manager:
         return Frame.success()
 
 
+_INTERRUPTS_OF: dict[Kind, frozenset[int]] = {
+    Kind.VM: frozenset({Feature.NOTIFICATION_PENDING, Feature.SCHEDULE_RECEIVER}),
+    Kind.OS: frozenset({Feature.SCHEDULE_RECEIVER}),
+    Kind.SP: frozenset({Feature.NOTIFICATION_PENDING, Feature.MANAGED_EXIT}),
+}
+"""Interrupts that FFA_FEATURES tells of. Partitions at S-EL0 take none."""
+_NOTHING = (0,) * 10
+_RESP2, _REGS = fid(Call.MSG_SEND_DIRECT_RESP2), fid(Call.PARTITION_INFO_GET_REGS)
+_WIDE = frozenset({fid(Call.MSG_SEND_DIRECT_REQ2), _RESP2, _REGS, fid(Call.CONSOLE_LOG, True)})
+"""Functions whose x8 to x17 are arguments."""
 _INTERRUPT, _YIELD, _WAIT = fid(Call.INTERRUPT), fid(Call.YIELD), fid(Call.MSG_WAIT)
 _PROPERTIES_OF_FIRST = Property.DIRECT_REQ_RECV, Property.DIRECT_REQ_SEND
 _PROPERTIES_OF_SECOND = Property.DIRECT_REQ2_RECV, Property.DIRECT_REQ2_SEND

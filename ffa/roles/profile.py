@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ffa.abi.ids import VERSION_1_2, Call, Feature
 
-_INTERRUPTS = {Feature.NOTIFICATION_PENDING: 5, Feature.SCHEDULE_RECEIVER: 8}
+_INTERRUPTS = {Feature.NOTIFICATION_PENDING: 5, Feature.SCHEDULE_RECEIVER: 8, Feature.MANAGED_EXIT: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Profile:
     unannounced: frozenset[Call] = frozenset()  #: functions that work, but that FFA_FEATURES does not tell of
     announced: frozenset[Call] = frozenset()  #: functions that FFA_FEATURES tells of, whoever may call them
     interrupts: Mapping[Feature, int] = field(default_factory=lambda: dict(_INTERRUPTS))
+    any_interrupt: bool = False  #: FFA_FEATURES tells whoever asks of any of them
     version_change: bool = False  #: a caller may agree on another version later
     fragments: bool = True
     dynamic_buffers: bool = True  #: a descriptor may be in memory other than TX
@@ -49,8 +50,10 @@ OPTEE_4_10 = Profile(
     unannounced=frozenset({Call.ID_GET, Call.RUN, Call.MSG_SEND_DIRECT_RESP}),
     announced=frozenset({Call.NOTIFICATION_SET}),
     interrupts={Feature.SCHEDULE_RECEIVER: 8, Feature.MANAGED_EXIT: 0},
+    any_interrupt=True,
     version_change=True,
     tells_buffer_limit=False,
+    max_regions=64,
     per_vcpu=False,
     info_once=False,
     owner_checks=False,

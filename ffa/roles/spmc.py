@@ -12,14 +12,19 @@ from construct import Int16ul, Int32ul, Struct
 
 from ffa.abi import messages
 from ffa.abi import transactions as abi
-from ffa.abi.frame import Frame
+from ffa.abi.frame import MASK32, Frame, pair
 from ffa.abi.ids import (
+    DIRECT_FRAMEWORK_BIT,
+    FLAG_TYPE_SHIFT,
     HYPERVISOR_ID,
     PAGE_SIZE,
     RX_FULL,
     SPMC_ID,
+    TRANSACTION_TYPES,
+    Call,
     Error,
     FfaError,
+    FrameworkMessage,
     Property,
     is_secure,
 )
@@ -46,6 +51,13 @@ ForwardedMap = Codec(
 """What a hypervisor puts into its TX buffer to map a VM's buffers for the SPMC (endpoint RX/TX descriptor)."""
 
 
+_AVAILABILITY = {
+    DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_CREATED: Property.VM_CREATED,
+    DIRECT_FRAMEWORK_BIT | FrameworkMessage.VM_DESTROYED: Property.VM_DESTROYED,
+}
+"""w2 of a framework message of a hypervisor's → the property of partitions that get it."""
+
+
 class Spmc(Manager):
     """An SPMC. ``attach()`` puts the normal world on top of it, ``add()`` takes secure partitions in."""
 
@@ -63,6 +75,7 @@ class Spmc(Manager):
         self.stacked = False  #: endpoint 0 is a hypervisor, and speaks for its VMs
         self.vms: dict[int, Served] = {}  #: normal-world endpoints whose notifications are kept here
         self.vm_buffers: dict[int, Mailbox] = {}
+        self._described: tuple[int, bytes, int] | None = None  #: handle, description for a hypervisor, bytes read of it
 
     def attach(self, endpoint: Endpoint, *, hypervisor: bool = False) -> None:
         """Puts the operating system, or a hypervisor, on top. Raises ValueError: there is one, or its id is not 0."""
@@ -111,18 +124,40 @@ class Spmc(Manager):
         sent = region.descriptor
         if not region.complete or is_secure(sent.sender):
             raise FfaError(Error.INVALID_PARAMETERS)
-        answer = abi.build(who.version, replace(sent, handle=region.handle), region.ranges)
-        if len(answer) > size:
-            raise FfaError(Error.NO_MEMORY, "the description does not fit the RX buffer")
+        flags = sent.flags | TRANSACTION_TYPES[region.call] << FLAG_TYPE_SHIFT
+        answer = abi.build(who.version, replace(sent, handle=region.handle, flags=flags), region.ranges)
+        self._described = (region.handle, answer, size) if len(answer) > size else None
         return answer
+
+    def mem_frag_rx(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """A hypervisor also reads the rest of a description."""
+        handle = pair(x[1], x[2])
+        if (
+            not self._relays(who)
+            or self._described is None
+            or (handle, x[3]) != (self._described[0], self._described[2])
+        ):
+            return super().mem_frag_rx(who, x, vcpu)
+        region = self.transactions.find(handle)
+        if (x[4] >> 16) not in (0, region.descriptor.sender) or x[4] & 0xFFFF:
+            raise FfaError(Error.INVALID_PARAMETERS)
+        _, whole, read = self._described
+        part = whole[read : read + who.buffers().size]
+        self.deliver(who, part)
+        self._described = (handle, whole, read + len(part)) if read + len(part) < len(whole) else None
+        return Frame.of(Call.MEM_FRAG_TX, x[1], x[2], len(part))
 
     # -- buffers of VMs
 
     def rxtx_map(self, who: Served, x: Frame, vcpu: int) -> Frame:
         """A hypervisor maps a VM's buffers by a descriptor in its own TX."""
         if not self._relays(who) or any(x[1:4]):
-            return super().rxtx_map(who, x, vcpu)
-        box = who.buffers()
+            answer = super().rxtx_map(who, x, vcpu)
+            self._reserve(who)
+            return answer
+        if who.mailbox is None:
+            raise FfaError(Error.INVALID_PARAMETERS, "the hypervisor has no buffers of its own")
+        box = who.mailbox
         buf = box.take(box.size)
         try:
             head = ForwardedMap.unpack(buf)
@@ -136,8 +171,14 @@ class Spmc(Manager):
             raise FfaError(Error.DENIED, "buffers are mapped already")
         regions = self.machine.regions_of([(tx, pages), (rx, pages)])
         if any(r is None or r.secure or r.device for r in regions):
-            raise FfaError(Error.INVALID_PARAMETERS, "buffers outside the normal world's memory")
-        self.vm_buffers[head.endpoint] = Mailbox(self.machine, tx, rx, pages * PAGE_SIZE)
+            raise FfaError(Error.DENIED, "buffers outside the normal world's memory")
+        mapped = Mailbox(self.machine, tx, rx, pages * PAGE_SIZE)
+        if len(set(mapped.pages)) != 2 * pages:
+            raise FfaError(Error.INVALID_PARAMETERS, "buffers that overlap")
+        if not self.transactions.reserved.isdisjoint(mapped.pages):
+            raise FfaError(Error.DENIED, "somebody's buffers already")
+        self.vm_buffers[head.endpoint] = mapped
+        self._reserve(who)
         box.poison_tx(box.size)
         return Frame.success()
 
@@ -145,10 +186,19 @@ class Spmc(Manager):
         """A hypervisor names the VM in w1."""
         vm = x[1] >> 16 & 0xFFFF
         if not self._relays(who) or not vm:
-            return super().rxtx_unmap(who, x, vcpu)
-        if self.vm_buffers.pop(vm, None) is None:
+            answer = super().rxtx_unmap(who, x, vcpu)
+        elif self.vm_buffers.pop(vm, None) is None:
             raise FfaError(Error.INVALID_PARAMETERS)
-        return Frame.success()
+        else:
+            answer = Frame.success()
+        self._reserve(who)
+        return answer
+
+    def _reserve(self, who: Served) -> None:
+        """Of what a hypervisor sends, only buffers are known here not to be free."""
+        if self._relays(who):
+            boxes = [*self.vm_buffers.values(), *([who.mailbox] if who.mailbox is not None else [])]
+            self.transactions.reserved = {page for box in boxes for page in box.pages}
 
     def _vm_box(self, who: Served, vm: int) -> Mailbox:
         box = self.vm_buffers.get(vm) if self._relays(who) else None
@@ -171,6 +221,22 @@ class Spmc(Manager):
             return super().rx_release(who, x, vcpu)
         self._vm_box(who, vm).release()
         return Frame.success()
+
+    # -- direct messages
+
+    def framework_message(self, who: Served, x: Frame, vcpu: int) -> Frame:
+        """A hypervisor may tell partitions of its VMs, if they want to know."""
+        if not self._relays(who):
+            return super().framework_message(who, x, vcpu)
+        wanted = _AVAILABILITY.get(x[2] & MASK32)
+        if wanted is None or x[1] >> 16 & 0xFFFF != HYPERVISOR_ID or any((*x[3:5], *x[6:8])):
+            raise FfaError(Error.INVALID_PARAMETERS)
+        if not 0 < x[5] < SPMC_ID:
+            raise FfaError(Error.INVALID_PARAMETERS, "no VM's id")
+        to = self.served.get(x[1] & 0xFFFF)
+        if to is not None and not to.endpoint.properties & wanted:
+            raise FfaError(Error.DENIED, "the partition does not want to know")
+        return self.ask(who, x[1] & 0xFFFF, x, vcpu)
 
     # -- indirect messages
 
@@ -220,8 +286,10 @@ class Spmc(Manager):
         """FFA_NOTIFICATION_BITMAP_DESTROY: VM in w1."""
         vm = x[1]
         found = self.vms.get(vm)
-        if not self._names_vm(vm) or found is None or x[2]:
+        if not self._names_vm(vm) or x[2]:
             raise FfaError(Error.INVALID_PARAMETERS)
+        if found is None:
+            raise FfaError(Error.DENIED, "no bitmap was created")
         if found.from_sp.bound or found.from_sp.any_pending or found.framework:
             raise FfaError(Error.DENIED, "notifications are bound or pending")
         del self.vms[vm]

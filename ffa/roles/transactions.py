@@ -21,6 +21,7 @@ from ffa.abi.ids import (
     Error,
     FfaError,
     Instruction,
+    is_secure,
 )
 from ffa.roles import checks
 from ffa.roles.machine import Access, Machine, PageState, exclusive
@@ -64,6 +65,13 @@ class Region:
     below: bool = False  #: the SPMC below has it as well
     sent: int = 0  #: bytes of the whole descriptor that have come
     clear: bool = False  #: a borrower has asked that the memory be zeroed when the last of them has relinquished
+
+    @property
+    def both_worlds(self) -> bool:
+        """Whether hypervisor and SPMC each know of a part of the borrowers alone. Then neither zeroes before the memory
+        is reclaimed: somebody that the other knows of may be working on it."""
+        secure = {is_secure(b) for b in self.borrowers}
+        return not is_secure(self.descriptor.sender) and len(secure) == 2
 
     @property
     def held(self) -> bool:
@@ -129,8 +137,15 @@ class Transactions:
         self.speaks_for = speaks_for
         self.may_receive = may_receive
         self.regions: dict[int, Region] = {}
+        self.reserved: set[int] = set()  #: pages that nobody may send, though another manager keeps them
+        self.read_only: dict[int, set[int]] = {}  #: endpoint → pages of its own that it cannot write
         self.checks = Checks()
         self._counts: dict[int, int] = {}
+
+    def cannot_write(self, owner: int, pages: list[int]) -> bool:
+        """Whether an owner has made any of these pages read-only for itself."""
+        own = self.read_only.get(owner)
+        return own is not None and not own.isdisjoint(pages)
 
     def count(self, sender: int) -> int:
         """Regions that ``sender`` has sent and not got back."""
@@ -234,12 +249,13 @@ class Transactions:
         lending.answer, lending.read = answer, size - size % abi.RANGE_SIZE
         return answer[: lending.read]
 
-    def describe(self, region: Region, asked: abi.Receiver, version: int) -> bytes:
-        """The retrieve response for one receiver, in the layout of its version."""
+    def describe(self, region: Region, asked: abi.Receiver, version: int, named: int = 0) -> bytes:
+        """The retrieve response for one receiver, in the layout of its version; ``named`` are the attributes that it
+        asked for, if any."""
         lending = region.borrowers[asked.endpoint]
         granted = _granted(region.call, lending.receiver.permissions, asked.permissions)
         descriptor = region.descriptor
-        attributes = descriptor.attributes or ATTRIBUTES_NORMAL
+        attributes = named & 0x3F or descriptor.attributes or ATTRIBUTES_NORMAL
         normal = any(g is not None and not g.secure for g in self.machine.regions_of(region.ranges[:1]))
         if version >= VERSION_1_1 and normal:
             attributes |= ATTRIBUTE_NS
@@ -309,7 +325,7 @@ class Transactions:
             return
         lending.state = after
         region.clear |= (clear or lending.clear) and lending.writable
-        if region.clear and not region.held:
+        if region.clear and not region.held and not region.both_worlds:
             self.machine.clear(region.ranges)
             region.clear = False
         lending.permissions = 0
@@ -324,6 +340,8 @@ class Transactions:
     def reclaim(self, region: Region, flags: int) -> None:
         """Gives a region back to its sender."""
         self.forget(region)
+        if region.clear:
+            self.machine.clear(region.ranges)
         if region.own:
             if flags & FLAG_CLEAR:
                 self.machine.clear(region.ranges)

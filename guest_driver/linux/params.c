@@ -3,8 +3,6 @@
  * Parameters of calls: from the TEE core's form to the device's, and what the device may change of
  * them back.
  */
-#include <linux/dma-mapping.h>
-
 #include "virtio_tee.h"
 
 static bool vtee_is_memref(u64 attr)
@@ -12,6 +10,12 @@ static bool vtee_is_memref(u64 attr)
 	attr &= VTEE_PARAM_TYPE_MASK;
 	return attr >= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT &&
 	       attr <= TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT;
+}
+
+static bool vtee_is_written(u64 attr)
+{
+	return vtee_is_memref(attr) &&
+	       (attr & VTEE_PARAM_TYPE_MASK) != TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT;
 }
 
 /* @region: the memory of a memory reference, NULL for a NULL reference */
@@ -88,10 +92,14 @@ int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct 
 		vtee_param_out(&wire[i], &params[i], region);
 		if (region) {
 			vtee_region_use(region);
-			req->region[req->num_regions++] = region;
-			if (region->mapped)
-				dma_sync_sgtable_for_device(req->vt->vdev->dev.parent, &region->sgt,
-							    DMA_BIDIRECTIONAL);
+			vtee_region_sync_device(region, params[i].u.memref.shm_offs,
+						params[i].u.memref.size);
+			req->span[req->num_spans++] = (struct vtee_span){
+				.region = region,
+				.offset = params[i].u.memref.shm_offs,
+				.size = params[i].u.memref.size,
+				.written = vtee_is_written(params[i].attr),
+			};
 		}
 	}
 	return 0;
@@ -100,18 +108,17 @@ int vtee_params_out(struct vtee_req *req, struct vtee_param *wire, const struct 
 /* The device has written what it has to write: let this CPU see it. */
 void vtee_params_sync_cpu(struct vtee_req *req)
 {
-	unsigned int i;
+	const struct vtee_span *span;
 
-	for (i = 0; i < req->num_regions; i++)
-		if (req->region[i]->mapped)
-			dma_sync_sgtable_for_cpu(req->vt->vdev->dev.parent, &req->region[i]->sgt,
-						 DMA_BIDIRECTIONAL);
+	for (span = req->span; span < req->span + req->num_spans; span++)
+		if (span->written)
+			vtee_region_sync_cpu(span->region, span->offset, span->size);
 }
 
 void vtee_params_done(struct vtee_req *req)
 {
-	while (req->num_regions)
-		vtee_region_unuse(req->region[--req->num_regions]);
+	while (req->num_spans)
+		vtee_region_unuse(req->span[--req->num_spans].region);
 }
 
 /* May the device answer @sent with @got? */

@@ -53,7 +53,7 @@ void vtee_req_put(struct vtee_req *req)
  * @ctx:	the context that it names, or NULL
  * @type:	enum vtee_request
  * @body:	bytes of its body, parameters included
- * @num_params:	places for regions that it keeps in use
+ * @num_params:	places for the memory that it keeps in use
  * @response:	bytes of the response after its header
  *
  * Returns NULL without memory.
@@ -64,7 +64,7 @@ struct vtee_req *vtee_req_alloc(struct vtee *vt, struct vtee_ctx *ctx, u32 type,
 	struct vtee_request_header *header;
 	struct vtee_req *req;
 
-	req = kzalloc(struct_size(req, region, num_params), GFP_KERNEL);
+	req = kzalloc(struct_size(req, span, num_params), GFP_KERNEL);
 	if (!req)
 		return NULL;
 	kref_init(&req->ref);

@@ -23,14 +23,57 @@ static void vtee_region_release(struct vtee_region *region)
 	struct vtee *vt = region->ctx->vt;
 	struct sg_page_iter iter;
 
+	/* What the device wrote was synchronized when it said so; what was written since stays. */
 	if (region->mapped)
-		dma_unmap_sgtable(vt->vdev->dev.parent, &region->sgt, DMA_BIDIRECTIONAL, 0);
+		dma_unmap_sgtable(vt->vdev->dev.parent, &region->sgt, DMA_BIDIRECTIONAL,
+				  DMA_ATTR_SKIP_CPU_SYNC);
 	if (region->holds_pages)
 		for_each_sgtable_page(&region->sgt, &iter, 0)
 			put_page(sg_page_iter_page(&iter));
 	sg_free_table(&region->sgt);
 	complete_all(&region->gone);
 	kref_put(&region->ref, vtee_region_free);
+}
+
+/*
+ * For where the device and this CPU do not see the same memory (bounce buffers, caches). Only what
+ * is asked for is copied: others may be using the rest.
+ */
+static void vtee_region_sync(struct vtee_region *region, size_t offset, size_t size,
+			     void (*sync)(struct device *dev, dma_addr_t address, size_t size,
+					  enum dma_data_direction direction))
+{
+	struct device *dev = region->ctx->vt->vdev->dev.parent;
+	struct scatterlist *sg;
+	unsigned int i;
+	size_t part;
+
+	if (!region->mapped)
+		return;
+	for_each_sgtable_dma_sg(&region->sgt, sg, i) {
+		if (!size)
+			return;
+		if (offset >= sg_dma_len(sg)) {
+			offset -= sg_dma_len(sg);
+			continue;
+		}
+		part = min_t(size_t, size, sg_dma_len(sg) - offset);
+		sync(dev, sg_dma_address(sg) + offset, part, DMA_BIDIRECTIONAL);
+		size -= part;
+		offset = 0;
+	}
+}
+
+/* This CPU has written, and the device is to read. */
+void vtee_region_sync_device(struct vtee_region *region, size_t offset, size_t size)
+{
+	vtee_region_sync(region, offset, size, dma_sync_single_for_device);
+}
+
+/* The device has written, and this CPU is to read. */
+void vtee_region_sync_cpu(struct vtee_region *region, size_t offset, size_t size)
+{
+	vtee_region_sync(region, offset, size, dma_sync_single_for_cpu);
 }
 
 /* -- when the device has let go of a region by other means than UNREGISTER_MEMORY */
@@ -258,6 +301,7 @@ static struct vtee_region *vtee_region_alloc(struct vtee_ctx *ctx, struct tee_sh
 {
 	struct vtee *vt = ctx->vt;
 	struct vtee_region *region;
+	unsigned int most = UINT_MAX;
 	size_t i;
 
 	region = kzalloc(sizeof(*region), GFP_KERNEL);
@@ -270,9 +314,14 @@ static struct vtee_region *vtee_region_alloc(struct vtee_ctx *ctx, struct tee_sh
 	region->size = shm->size;
 	region->epoch = ctx->epoch;
 	region->shm_id = -1;
-	/* Exactly the bytes that the client shares, and not those beside them in the same pages. */
-	if (sg_alloc_table_from_pages(&region->sgt, pages, num_pages, shm->offset, shm->size,
-				      GFP_KERNEL))
+	/*
+	 * Exactly the bytes that the client shares, and not those beside them in the same pages;
+	 * in pieces that bounce buffers take.
+	 */
+	if (vtee_dma(vt))
+		most = min_t(size_t, dma_max_mapping_size(vt->vdev->dev.parent), most);
+	if (sg_alloc_table_from_pages_segment(&region->sgt, pages, num_pages, shm->offset,
+					      shm->size, most, GFP_KERNEL))
 		goto err_free;
 	if (vtee_dma(vt)) {
 		if (dma_map_sgtable(vt->vdev->dev.parent, &region->sgt, DMA_BIDIRECTIONAL, 0))

@@ -130,7 +130,7 @@ static struct tee_shm *vtee_supp_stand_in(struct vtee_supp *supp, int id)
 }
 
 static bool vtee_supp_param(struct vtee_supp *supp, struct tee_param *param,
-			    const struct vtee_param *wire, const struct vtee_region *region)
+			    const struct vtee_param *wire, struct vtee_region *region)
 {
 	param->attr = le64_to_cpu(wire->attr);
 	switch (param->attr) {
@@ -149,6 +149,7 @@ static bool vtee_supp_param(struct vtee_supp *supp, struct tee_param *param,
 		/* A client's memory cannot be named to the supplicant. */
 		if (region->ctx != supp->ctx->data || region->shm_id < 0)
 			return false;
+		vtee_region_sync_cpu(region, le64_to_cpu(wire->a), le64_to_cpu(wire->b));
 		param->u.memref.shm_offs = le64_to_cpu(wire->a);
 		param->u.memref.shm = vtee_supp_stand_in(supp, region->shm_id);
 		return param->u.memref.shm;
@@ -418,6 +419,9 @@ static void vtee_supp_take_other(struct vtee *vt, struct vtee_supp_req *req, u32
 			break;
 		case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_OUTPUT:
 		case TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT:
+			if (rpc->region[i])
+				vtee_region_sync_device(rpc->region[i], le64_to_cpu(wire[i].a),
+							le64_to_cpu(wire[i].b));
 			/* OP-TEE's supplicant says so by the size alone. */
 			if (rpc->region[i] && params[i].u.memref.size > le64_to_cpu(wire[i].b) &&
 			    !ret)

@@ -142,6 +142,14 @@ struct vtee_region {
 	struct completion gone;
 };
 
+/* What a call uses of a region. */
+struct vtee_span {
+	struct vtee_region *region;
+	size_t offset;
+	size_t size;
+	bool written; /* by the device */
+};
+
 /* What the device was asked for, until it is returned. */
 struct vtee_req {
 	struct kref ref;
@@ -174,8 +182,8 @@ struct vtee_req {
 	void *chunk[VTEE_MAX_CHUNKS];
 	size_t chunk_len[VTEE_MAX_CHUNKS];
 	unsigned int num_chunks;
-	unsigned int num_regions;
-	struct vtee_region *region[];
+	unsigned int num_spans;
+	struct vtee_span span[];
 };
 
 struct vtee_answer {
@@ -266,6 +274,8 @@ int vtee_shm_register(struct tee_context *tctx, struct tee_shm *shm, struct page
 int vtee_shm_unregister(struct tee_context *tctx, struct tee_shm *shm);
 struct vtee_region *vtee_region_of(struct tee_shm *shm);
 struct vtee_region *vtee_region_find(struct vtee *vt, u64 id);
+void vtee_region_sync_device(struct vtee_region *region, size_t offset, size_t size);
+void vtee_region_sync_cpu(struct vtee_region *region, size_t offset, size_t size);
 void vtee_region_use(struct vtee_region *region);
 void vtee_region_unuse(struct vtee_region *region);
 void vtee_regions_forget(struct vtee *vt, u64 epoch);

@@ -92,7 +92,7 @@ def copy_firmware(debs: list[Path], into: Path) -> None:
                     shutil.copy(path, into / path.name)
 
 
-class _Progress:
+class Progress:
     """Says every tenth part of a ninja run."""
 
     def __init__(self) -> None:
@@ -117,6 +117,6 @@ def _compile(source: QemuSource, target: str, new: Path) -> None:
         logged([tree / "configure", f"--python={python}", f"--target-list={target}", *CONFIGURE], log, cwd=build)
         binary = f"qemu-system-{target.removesuffix('-softmmu')}"
         jobs = str(os.cpu_count() or 1)
-        logged(["ninja", "-j", jobs, binary, "tests/qtest/qos-test"], log, cwd=build, each_line=_Progress())
+        logged(["ninja", "-j", jobs, binary, "tests/qtest/qos-test"], log, cwd=build, each_line=Progress())
         for name in (binary, "tests/qtest/qos-test"):
             output(["strip", "-o", new / "bin" / Path(name).name, build / name])

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -84,20 +84,23 @@ class Guest(DrivenGuest):
             for part in image.initrds:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-        argv = [
-            *command_line(self.config, qemu, image.kernel, initrd),
-            *("-serial", f"file:{self._folder / 'console'}"),
-            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-device", "virtio-serial-pci,id=ports"),
-            *("-chardev", f"socket,id=agent,path={self._folder / 'agent'},server=on,wait=off"),
-            *("-device", f"virtserialport,bus=ports.0,chardev=agent,name={PORT_NAME}"),
-        ]
+        argv = [*command_line(self.config, qemu, image.kernel, initrd), *self._lines()]
         with (self._folder / "stderr").open("wb") as errors:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
         self._qmp = self._connect(lambda: Qmp(self._folder / "qmp"), "its monitor")
         self._agent = self._connect(lambda: AgentClient(connect(self._folder / "agent")), "the agent's port")
         self._wait_ready(None)
         self.boot_seconds = time.monotonic() - began
+
+    def _lines(self) -> list[str]:
+        """Arguments for all that leads from the guest to here."""
+        return [
+            *("-serial", f"file:{self._folder / 'console'}"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-device", "virtio-serial-pci,id=ports"),
+            *("-chardev", f"socket,id=agent,path={self._folder / 'agent'},server=on,wait=off"),
+            *("-device", f"virtserialport,bus=ports.0,chardev=agent,name={PORT_NAME}"),
+        ]
 
     def _connect(self, make: Callable[[], T], what: str) -> T:
         end = time.monotonic() + self.config.boot_timeout
@@ -226,13 +229,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def boot_for_person(config: GuestConfig, image: GuestImage) -> int:
-    """A guest whose console is this terminal."""
+def boot_for_person(config: GuestConfig, image: GuestImage, more: Sequence[str] = ()) -> int:
+    """A guest whose console is this terminal. `more`: arguments for QEMU that come after that."""
     qemu = ensure_qemu(config.arch.target)
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
         initrd = Path(name) / "initrd"
         initrd.write_bytes(b"".join(part.read_bytes() for part in image.initrds))
         config.append += " lab.shell"
-        argv = [*command_line(config, qemu, image.kernel, initrd), "-serial", "mon:stdio"]
+        argv = [*command_line(config, qemu, image.kernel, initrd), "-serial", "mon:stdio", *more]
         say("the guest starts; in it, `virtio-tee guest --help`; Ctrl-A X ends it, Ctrl-A C is QEMU's monitor")
         return subprocess.run(argv).returncode

@@ -49,13 +49,13 @@ class NullBlock(Device):
 
     def serve(self, chain: Chain) -> int:
         room = chain.writable_bytes - 1  # the last byte is the status
-        if chain.readable_bytes < HEADER_SIZE or room < 0:
+        if room < 0 or chain.readable_bytes < HEADER_SIZE:
             return 0
         kind, _, sector = chain.unpack(HEADER)
         start = sector * SECTOR
         if kind == IN:
             done = not room % SECTOR and start + room <= self.capacity
-            if done and self.store is not None:
+            if self.store is not None and done:
                 chain.write(self.store[start : start + room])
         elif kind == OUT:
             size = chain.readable_bytes - HEADER_SIZE

@@ -134,65 +134,64 @@ class Chain:
 
 
 class RegionChain(Chain):
-    """A ``Chain`` that lies in one memory region, as most do: views are made of it when they are asked for. ``spans``
-    are start and end of each part in the region's ``view``, one after the other, the ``readables`` readable ones
-    first. Whoever makes one has checked them."""
+    """A ``Chain`` of a few entries of an indirect table, all in one memory region, as most are: views are made when
+    they are asked for. ``pyvhost.vring.tables`` makes these, and has checked the entries; each has its own slots
+    assigned there, as a call of the class would take longer than all the rest."""
 
-    __slots__ = ("_first", "_spans", "_view")
+    __slots__ = ("_base", "_before_last", "_entries", "_origin", "_readables", "_view")
 
-    def __init__(
-        self,
-        head: int,
-        view: memoryview,
-        spans: Sequence[int],
-        readables: int,
-        readable_bytes: int,
-        writable_bytes: int,
-    ) -> None:
-        self.head = head
-        self._view = view
-        self._spans = spans
-        self._first = 2 * readables  # of the writable ones, in spans
-        self.readable_bytes = readable_bytes
-        self.writable_bytes = writable_bytes
+    _view: memoryview  #: of the region
+    _base: int  #: the region's guest address
+    _entries: Sequence[int]  #: guest address, length in bytes and something else of each part, as they were read
+    _readables: int  #: so many of them are readable; they come first
+    _before_last: int  #: writable bytes before the last part
+    _origin: int  #: where in ``_view`` the writable part would begin if all of it were in one piece with the last
 
-    def written(self, base: int) -> list[tuple[int, int]]:
-        """Guest addresses and lengths of the writable part; the region is at ``base``."""
-        spans = self._spans
-        return [(base + spans[n], spans[n + 1] - spans[n]) for n in range(self._first, len(spans), 2)]
+    def ranges(self, first: int, end: int) -> list[Segment]:
+        """The parts from number ``first`` on, up to ``end``."""
+        entries = self._entries
+        return [(entries[n], entries[n + 1]) for n in range(3 * first, 3 * end, 3)]
+
+    def written(self) -> list[Segment]:
+        """The writable parts."""
+        return self.ranges(self._readables, len(self._entries) // 3)
 
     @property
     def readable(self) -> list[memoryview]:  # type: ignore[override]
-        spans, view = self._spans, self._view.toreadonly()
-        return [view[spans[n] : spans[n + 1]] for n in range(0, self._first, 2)]
+        view, base = self._view.toreadonly(), self._base
+        return [view[addr - base : addr - base + length] for addr, length in self.ranges(0, self._readables)]
 
     @property
     def writable(self) -> list[memoryview]:  # type: ignore[override]
-        spans, view = self._spans, self._view
-        return [view[spans[n] : spans[n + 1]] for n in range(self._first, len(spans), 2)]
+        view, base = self._view, self._base
+        return [view[addr - base : addr - base + length] for addr, length in self.written()]
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        if self._first != 2 or offset < 0:
+        if self._readables != 1 or offset < 0:
             return super().read(offset, length)
-        spans = self._spans
-        start, end = spans[0] + offset, spans[1]
+        entries = self._entries
+        start = entries[0] - self._base
+        end = start + entries[1]
+        start += offset
         if length is not None and length < end - start:
             end = start + length
-        return bytes(self._view[start:end])
+        return self._view[start:end].tobytes()  # quicker than bytes()
 
     def unpack(self, layout: Struct, offset: int = 0) -> tuple[Any, ...]:
-        if self._first == 2 and 0 <= offset <= self.readable_bytes - layout.size:
-            return layout.unpack_from(self._view, self._spans[0] + offset)
+        entries = self._entries
+        if 0 <= offset <= entries[1] - layout.size:  # of the first part
+            return layout.unpack_from(self._view, entries[0] - self._base + offset)
         return super().unpack(layout, offset)
 
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
-        spans = self._spans
         size = len(data)
         end = offset + size
-        room = self.writable_bytes
-        at = spans[-1] - room + offset
-        if spans[-2] <= at and end <= room and self._first < len(spans):  # the last part, or the only one
-            self._view[at : at + size] = data
+        if self._before_last <= offset and end <= self.writable_bytes:  # in the last part, or the only one
+            at = self._origin + offset
+            if size == 1 and type(data) is bytes:  # a status
+                self._view[at] = data[0]
+            else:
+                self._view[at : at + size] = data
             return end
         return super().write(data, offset)
 
@@ -255,7 +254,8 @@ class DeviceQueue(Protocol):
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
         """Serve up to ``budget`` requests: ``handler`` returns the bytes written, or None to complete the request
         later with ``push()``. Signals the driver after every ``notify_every`` requests completed by returning, and
-        before it leaves the ring; for what was completed by ``push()``, at the end only. Returns True if requests are
+        before it leaves the ring; for what was completed by ``push()``, maybe at the end only. A queue may let some
+        microseconds pass between two signals while there are requests. Returns True if requests are
         left (the budget was used up), False if the ring is empty and the driver will kick.
 
         What the handler raises goes to the caller; its request stays in flight. The handler may work on the queue.

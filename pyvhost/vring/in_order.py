@@ -85,6 +85,9 @@ class InOrder(_Base):
 
         return super().drain(serve, budget, notify_every)
 
+    def _stretch(self, handler: Callable[[Chain], int | None], budget: int, notify_every: int) -> int:
+        return 0  # every request is one that ``pop()`` and ``push()`` have to see
+
     def track(self, inflight: Inflight) -> None:
         super().track(inflight)
         for chain in self.recovered:

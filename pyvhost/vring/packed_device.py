@@ -39,10 +39,9 @@ _unpack_head = Struct("<QIH").unpack_from
 _unpack_entry = Struct("<QIHH").unpack_from
 _MAX_TOTAL = 1 << 32  # section 2.8.5: no chain is longer, in bytes
 _BOTH = DESC_F_AVAIL | DESC_F_USED
-# In a table: flags, above what is an id elsewhere. Only the direction counts there, and that it is no further table.
-_COUNT = (DESC_F_WRITE | DESC_F_INDIRECT) << 16
 _LIST = DESC_F_NEXT | DESC_F_INDIRECT
-_short_table = short_table(_COUNT, 0, 0, DESC_F_WRITE << 16, _COUNT, DESC_F_WRITE << 16)
+# In a table: flags, of which drivers set none but the direction; what is an id elsewhere means nothing there.
+_short_table = short_table("QI2xH", "QI2xH", 0, 0, DESC_F_WRITE, DESC_F_WRITE)
 
 #: of a descriptor: addr, len, flags
 _Entry = tuple[int, int, int]
@@ -270,9 +269,9 @@ class PackedDeviceQueue:
         addr, length, flags = entries[0]
         base, span = self._base, self._span
         if flags & _LIST == DESC_F_INDIRECT and self._tables and 0 <= addr - base <= span - length:
-            short = _short_table(head, self._view, addr - base, length, base, span)
+            short = _short_table(head, self._view, addr - base, length, base, base + span)
             if short is not None:
-                written = [(addr, length, DESC_F_WRITE) for addr, length in short.written(base)]
+                written = [(addr, length, DESC_F_WRITE) for addr, length in short.written()]
                 self._held[head] = (short.writable_bytes, count, written)
                 return short
         try:

@@ -27,15 +27,11 @@ from pyvhost.vring.tables import short_table
 __all__ = ["SplitDeviceQueue"]
 
 _unpack_desc = DESC.raw.unpack_from
-# In a table: flags, and above them the next entry.
+# In a table: flags, and above them the next entry; the last one has none.
 _short_table = short_table(
-    0xFFFF_FFFF,
-    DESC_F_NEXT | 1 << 16,
-    DESC_F_NEXT | 2 << 16,
-    DESC_F_NEXT | DESC_F_WRITE | 2 << 16,
-    0xFFFF,
-    DESC_F_WRITE,
+    "QII", "QIH2x", DESC_F_NEXT | 1 << 16, DESC_F_NEXT | 2 << 16, DESC_F_NEXT | DESC_F_WRITE | 2 << 16, DESC_F_WRITE
 )
+_SIGNAL_S = 25e-6  # between two signals, in seconds, while there is work
 _MAX_TOTAL = 1 << 32  # section 2.7.5: no chain is longer, in bytes
 _MASK = 0xFFFF
 
@@ -74,7 +70,9 @@ class SplitDeviceQueue:
         "_signal",
         "_signalled",
         "_span",
+        "_steady",
         "_tables",
+        "_told",
         "_used",
         "_used_idx",
         "_view",
@@ -120,12 +118,14 @@ class SplitDeviceQueue:
         self._clock = fences.clock
         self._max = max(size, max_descriptors)
         self._tables = indirect and self._max > 2  # short ones are fine
+        self._steady = False  # nobody but a drain() under way has worked on the queue since it looked
         self._held = [-1] * size  # room in the writable part of each head in flight, -1: not in flight
         self._next = base & _MASK  # of the available ring: the next one to pop
         self._seen = self._next  # the driver's index when last looked at
         self.rebind(memory, desc, avail, used)
         self._used_idx: int = self._used[1]  # the ring remembers it across a stop
         self._signalled = self._used_idx  # used index at the last signal
+        self._told = 0.0  # when that was, on the clock
         self._fresh = True  # no signal yet: give one for whatever comes first, as what the driver knows is unknown
 
     def rebind(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
@@ -133,6 +133,7 @@ class SplitDeviceQueue:
 
         :raises RingError: parts too small or misaligned
         """
+        self._steady = False
         layout = SplitLayout(self.size)
         check_parts(
             ((desc, layout.desc_bytes, 4), (avail, layout.avail_bytes, 2), (used, layout.used_bytes, 4)),
@@ -150,6 +151,7 @@ class SplitDeviceQueue:
     # --- taking requests
 
     def pop(self) -> Chain | None:
+        self._steady = False
         position = self._next
         if position == self._seen:
             if self.recovered and not (self.stopped or self.broken):
@@ -204,10 +206,9 @@ class SplitDeviceQueue:
         A short table in the region that was hit last is done with at once. ``_follow()`` uses nothing of what is read
         here, so each descriptor is still read once."""
         addr, length, flags, _ = _unpack_desc(self._desc, head << 4)
-        base, span = self._base, self._span
-        at = addr - base
-        if flags == DESC_F_INDIRECT and self._tables and 0 <= at <= span - length:
-            chain = _short_table(head, self._view, at, length, base, span)
+        base, top = self._base, self._base + self._span
+        if flags == DESC_F_INDIRECT and self._tables and base <= addr and addr + length <= top:
+            chain = _short_table(head, self._view, addr - base, length, base, top)
             if chain is not None:
                 return chain
         return self._follow(head)
@@ -293,6 +294,7 @@ class SplitDeviceQueue:
     # --- giving them back
 
     def push(self, head: int, written: int = 0) -> None:
+        self._steady = False
         if self.stopped:
             raise StateError("push on a stopped queue")
         held = self._held
@@ -317,8 +319,16 @@ class SplitDeviceQueue:
         if self._log is not None:
             self._log_push(self._log, head, position)
 
+    def _notify_sometimes(self) -> None:
+        """``notify()``, but for a driver that was signalled a moment ago: to wake a processor costs the one that does
+        it more than some requests, and while there are requests the driver is not idle for want of them."""
+        if self._clock is None or self._clock() - self._told >= _SIGNAL_S:
+            self.notify()
+
     def notify(self) -> bool:
         if self.should_notify():
+            if self._clock is not None:
+                self._told = self._clock()
             if self._signal is not None:
                 self._signal()
             return True
@@ -368,91 +378,125 @@ class SplitDeviceQueue:
         return self._look()
 
     def drain(self, handler: Callable[[Chain], int | None], budget: int = 256, notify_every: int = 8) -> bool:
-        # ``pop()``, ``push()`` and ``notify()`` are here once more for what is usual, and what they look up is kept:
-        # calling them takes twice the time.
-        size, mask, walk, order = self.size, self.size - 1, self._walk, self._order
-        inflight, log = self.inflight, self._log
-        if inflight is not None:
-            counters, marks, nexts, words = inflight.counters, inflight.marks, inflight.nexts, inflight.words
-        avail, used, ids, lengths, held = self._avail, self._used, self._ids, self._lengths, self._held
-        unsignalled = finds = 0
+        finds = 0
         self.disable_notifications()
         try:
             while budget > 0:
-                position = self._next
-                chain: Chain | None
-                if position == self._seen:
+                if self._next != self._seen or self.recovered or self._look():
+                    served = self._stretch(handler, budget, notify_every)
+                    if served:
+                        budget -= served
+                        continue
                     chain = self.pop()
-                elif (head := avail[2 + (position & mask)]) < size and held[head] < 0:
-                    self._next = (position + 1) & _MASK
-                    if inflight is not None:
-                        count = inflight._counter
-                        counters[head] = count
-                        inflight._counter = (count + 1) & COUNTER_MASK
-                        marks[head] = 1
-                    try:
-                        chain = walk(head)
-                    except (RingError, MemoryFault) as e:
-                        self._reject(head, e)
-                        chain = None
-                    else:
-                        held[head] = chain.writable_bytes
-                else:
-                    chain = self.pop()
-                if chain is None:
-                    if unsignalled:  # first of all: a driver that sleeps takes time to wake up
-                        unsignalled = 0
-                        self.notify()
-                    if self.spin_us and finds < MAX_FINDS and self._patience.is_worth_it():
-                        self.notify()
-                        found = self.wait(self.spin_us)
-                        self._patience.learn(found)
-                        if found:
-                            finds += 1
-                            continue
-                    if not self.enable_notifications():
-                        return False
-                    self.disable_notifications()
-                    continue
-                budget -= 1
-                written = handler(chain)
-                if used is not self._used:  # stopped, or moved
-                    avail, used, ids, lengths = self._avail, self._used, self._ids, self._lengths
-                if written is None:
-                    continue
-                head = chain.head
-                if log is None and 0 <= written <= held[head] and not self.stopped:
-                    held[head] = -1
-                    position = self._used_idx
-                    slot = position & mask
-                    ids[slot] = head
-                    lengths[slot] = written
-                    position = (position + 1) & _MASK
-                    if inflight is not None:
-                        nexts[head] = words[LAST_HEAD]
-                        words[LAST_HEAD] = head
-                        if order is not None:
-                            order()
-                        self._used_idx = used[1] = position
-                        marks[head] = 0
-                        words[USED_IDX] = position
-                    else:
-                        if order is not None:
-                            order()
-                        self._used_idx = used[1] = position
-                else:
-                    self.push(head, written)
-                unsignalled += 1
-                if unsignalled >= notify_every:
-                    unsignalled = 0
-                    self.notify()
+                    if chain is not None:
+                        budget -= 1
+                        written = handler(chain)
+                        if written is not None:
+                            self.push(chain.head, written)
+                            if (self._used_idx - self._signalled) & _MASK >= notify_every:
+                                self._notify_sometimes()
+                        continue
+                self.notify()  # first of all: a driver that sleeps takes time to wake up
+                if self.spin_us and finds < MAX_FINDS and self._patience.is_worth_it():
+                    found = self.wait(self.spin_us)
+                    self._patience.learn(found)
+                    if found:
+                        finds += 1
+                        continue
+                if not self.enable_notifications():
+                    return False
+                self.disable_notifications()
             return self.enable_notifications()
         finally:
+            self._steady = False
             self.notify()
+
+    def _stretch(self, handler: Callable[[Chain], int | None], budget: int, notify_every: int) -> int:
+        """Serve what was there at the last look, and how much that was; 0: the next request is for ``pop()``.
+
+        ``pop()``, ``push()`` and what they call are here once more, with what they look up kept, for what is usual:
+        calling them for each request takes twice the time. It ends where the ring does, where an index wraps around,
+        and when the handler has worked on the queue."""
+        position = self._next
+        size, mask = self.size, self.size - 1
+        inflight, used_idx = self.inflight, self._used_idx
+        slot = position & mask
+        count = min((self._seen - position) & _MASK, budget, size - slot, _MASK - position, _MASK - used_idx)
+        heads: list[int] = self._avail[2 + slot : 2 + slot + count].tolist()
+        if not heads or max(heads) >= size or self._log is not None:
+            return 0
+        if inflight is not None:
+            counters, marks, nexts, words = inflight.counters, inflight.marks, inflight.nexts, inflight.words
+            counter, last = inflight._counter, words[LAST_HEAD]
+            if counter > COUNTER_MASK - size:
+                return 0
+        desc, order, indirect = self._desc, self._order, DESC_F_INDIRECT if self._tables else -1
+        used, ids, lengths, held = self._used, self._ids, self._lengths, self._held
+        view, base, top = self._view, self._base, self._base + self._span
+        tell = used_idx + max(1, notify_every - ((used_idx - self._signalled) & _MASK))
+        begin = position
+        self._steady = True
+        chain: Chain | None
+        for head in heads:
+            if held[head] >= 0:
+                break
+            position += 1
+            self._next = position
+            if inflight is not None:
+                counters[head] = counter
+                inflight._counter = counter = counter + 1
+                marks[head] = 1
+            addr, length, flags, _ = _unpack_desc(desc, head << 4)
+            if (
+                flags == indirect
+                and base <= addr
+                and addr + length <= top
+                and (chain := _short_table(head, view, addr - base, length, base, top)) is not None
+            ):
+                room = held[head] = chain.writable_bytes
+            else:
+                chain = self._chain(head)
+                if chain is None:
+                    break
+                room = chain.writable_bytes
+                view, base, top = self._view, self._base, self._base + self._span
+            written = handler(chain)
+            if not self._steady:
+                if written is not None:
+                    self.push(head, written)
+                break
+            if written is None:
+                continue
+            if written < 0 or written > room:
+                self.push(head, written)  # raises
+            slot = used_idx & mask
+            ids[slot] = head
+            lengths[slot] = written
+            held[head] = -1
+            used_idx += 1
+            if inflight is not None:
+                nexts[head] = last
+                words[LAST_HEAD] = last = head
+                if order is not None:
+                    order()
+                self._used_idx = used[1] = used_idx
+                marks[head] = 0
+                words[USED_IDX] = used_idx
+            else:
+                if order is not None:
+                    order()
+                self._used_idx = used[1] = used_idx
+            if used_idx >= tell:
+                tell += notify_every
+                self._notify_sometimes()
+                if not self._steady:  # whoever signals may also have stopped it
+                    break
+        return position - begin
 
     # --- what outlives this backend, and this host
 
     def track(self, inflight: Inflight) -> None:
+        self._steady = False
         if not isinstance(inflight, SplitInflight):
             raise StateError("a split queue, and a recorder of packed ones")
         used = self._used_idx
@@ -473,6 +517,7 @@ class SplitDeviceQueue:
                 self.recovered.append(chain)
 
     def log_to(self, log: RingLog | None) -> None:
+        self._steady = False
         self._log = log
 
     def _log_push(self, log: RingLog, head: int, position: int) -> None:
@@ -523,6 +568,7 @@ class SplitDeviceQueue:
     def adopt(self, paused: DeviceQueue) -> None:
         if not isinstance(paused, SplitDeviceQueue) or paused.size != self.size or not paused.stopped:
             raise StateError("only a stopped queue of the same kind and size can be taken over")
+        self._steady = False
         self._held = paused._held
         paused._held = [-1] * paused.size
         self.recovered, paused.recovered = paused.recovered, deque()
@@ -536,6 +582,7 @@ class SplitDeviceQueue:
         return self._next
 
     def stop(self) -> int:
+        self._steady = False
         if not self.stopped:
             self.stopped = True
             self._seen = self._next  # nothing is there to pop

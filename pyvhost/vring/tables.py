@@ -13,59 +13,84 @@ from pyvhost.vring.api import RegionChain
 
 __all__ = ["ShortTable", "short_table"]
 
-#: head, the region's view, the table's place in it and its length, the region's guest address and size; all in bytes
+#: head, the region's view, the table's place in it and its length, the region's guest address and its end; all in bytes
 ShortTable = Callable[[int, memoryview, int, int, int, int], RegionChain | None]
 
-# Of each entry: address, length, and the two 16-bit words as one.
-_unpack_two, _unpack_three = Struct("<QIIQII").unpack_from, Struct("<QIIQIIQII").unpack_from
-_MAX_TOTAL = 1 << 32  # virtio 1.2, sections 2.7.5 and 2.8.5: no chain is longer, in bytes
+#: bytes in one request; virtio 1.2 (sections 2.7.5 and 2.8.5) allows four times as many, and CPython is fast up to here
+_MOST = (1 << 30) - 1
 
 
-def short_table(mask: int, first: int, read: int, write: int, last_mask: int, last: int) -> ShortTable:
-    """The reader for one ring format. ``first``, ``read`` and ``write``, under ``mask``, are the words of a readable
-    first entry and of a readable or writable second one of three; ``last``, under ``last_mask``, those of a writable
-    last one.
+def short_table(entry: str, last_entry: str, first: int, read: int, write: int, last: int) -> ShortTable:
+    """The reader for one ring format. ``entry`` and ``last_entry`` say to ``struct`` what an entry is: 16 bytes with
+    address, length and one word that is looked at. That word is ``first`` in a readable first entry, ``read`` or
+    ``write`` in a second one of three, and ``last`` in a writable last one.
 
     What it returns translates a table that lies in the region, reading each entry once; None: look closer.
     """
+    unpack_two = Struct(f"<{entry}{last_entry}").unpack_from
+    unpack_three = Struct(f"<{entry}{entry}{last_entry}").unpack_from
+    new = object.__new__
 
-    def reader(head: int, view: memoryview, at: int, length: int, base: int, span: int) -> RegionChain | None:
+    def reader(head: int, view: memoryview, at: int, length: int, base: int, top: int) -> RegionChain | None:
         if length == 48:
-            addr0, length0, words0, addr1, length1, words1, addr2, length2, words2 = _unpack_three(view, at)
-            start0 = addr0 - base
-            start1 = addr1 - base
-            start2 = addr2 - base
-            end0 = start0 + length0
-            end1 = start1 + length1
-            end2 = start2 + length2
+            entries = unpack_three(view, at)
+            addr0, length0, word0, addr1, length1, word1, addr2, length2, word2 = entries
+            room = length1 + length2
             if (
-                words0 & mask == first
-                and words2 & last_mask == last
-                and 0 <= start0 < end0 <= span
-                and 0 <= start1 < end1 <= span
-                and 0 <= start2 < end2 <= span
-                and length0 + length1 + length2 <= _MAX_TOTAL
+                word0 == first
+                and word2 == last
+                and base <= addr0
+                and base <= addr1
+                and base <= addr2
+                and length0
+                and length1
+                and length2
+                and addr0 + length0 <= top
+                and addr1 + length1 <= top
+                and addr2 + length2 <= top
+                and length0 + room <= _MOST
             ):
-                words1 &= mask
-                spans = (start0, end0, start1, end1, start2, end2)
-                if words1 == write:
-                    return RegionChain(head, view, spans, 1, length0, length1 + length2)
-                if words1 == read:
-                    return RegionChain(head, view, spans, 2, length0 + length1, length2)
+                if word1 == write:
+                    readables, before = 1, length1
+                elif word1 == read:
+                    readables, before = 2, 0
+                    length0 += length1
+                    room = length2
+                else:
+                    return None
+                origin = addr2 - base - before
+            else:
+                return None
         elif length == 32:
-            addr0, length0, words0, addr1, length1, words1 = _unpack_two(view, at)
-            start0 = addr0 - base
-            start1 = addr1 - base
-            end0 = start0 + length0
-            end1 = start1 + length1
+            entries = unpack_two(view, at)
+            addr0, length0, word0, addr1, room, word1 = entries
             if (
-                words0 & mask == first
-                and words1 & last_mask == last
-                and 0 <= start0 < end0 <= span
-                and 0 <= start1 < end1 <= span
-                and length0 + length1 <= _MAX_TOTAL
+                word0 == first
+                and word1 == last
+                and base <= addr0
+                and base <= addr1
+                and length0
+                and room
+                and addr0 + length0 <= top
+                and addr1 + room <= top
+                and length0 + room <= _MOST
             ):
-                return RegionChain(head, view, (start0, end0, start1, end1), 1, length0, length1)
-        return None
+                readables, before = 1, 0
+                origin = addr1 - base
+            else:
+                return None
+        else:
+            return None
+        chain = new(RegionChain)
+        chain.head = head
+        chain.readable_bytes = length0
+        chain.writable_bytes = room
+        chain._view = view
+        chain._base = base
+        chain._entries = entries
+        chain._readables = readables
+        chain._before_last = before
+        chain._origin = origin
+        return chain
 
     return reader

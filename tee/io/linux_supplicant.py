@@ -114,9 +114,18 @@ class LinuxSupplicant:
             try:
                 self._device.send(code, [*params[: self._meta], *answer])
             except OSError as error:
-                if error.errno in _GONE:
+                if error.errno == errno.ENODEV:
                     return
-                log.info("nobody waits for an answer any more: %s", error)  # its caller was killed
+                # its caller was killed: Linux says EBADF or ENOENT (drivers/tee/optee/supp.c)
+                log.info("nobody waits for an answer any more: %s", error)
+                if command == RpcCommand.SHM_ALLOC and code == Result.SUCCESS:
+                    self._take_back(answer[0][3])
+
+    def _take_back(self, ident: int) -> None:
+        """Free memory that nobody will, as the TEE never heard of it."""
+        memory = self._memory.find(ident)
+        if memory is not None:
+            self._server.forget(memory)
 
     def _serve(self, command: int, raw: list[RawParam]) -> tuple[int, list[RawParam]]:
         """The code and the parameters to answer with."""

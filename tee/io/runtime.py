@@ -385,7 +385,7 @@ class TeeRuntime:
                 listeners = tuple(self._listeners)
             for listener in listeners:
                 listener.take(event.value)
-        else:
+        elif isinstance(event, Rpc):
             self._asked(event)
 
     def _ended(self, done: Done) -> None:

@@ -27,9 +27,12 @@ ATTR_TYPE_MASK = 0xFF
 IMPL_OPTEE = 1
 """The implementation id that OP-TEE's client library and supplicant look for."""
 
+GEN_CAP_OBJREF = 1 << 4
+"""The TEE has objects (OBJECT_INVOKE)."""
+
 
 class ParamType(IntEnum):
-    """Types of parameters."""
+    """Types of parameters. Those from UBUF_IN on are for OBJECT_INVOKE: memory of the caller, and objects."""
 
     NONE = 0
     VALUE_IN = 1
@@ -38,6 +41,12 @@ class ParamType(IntEnum):
     MEMREF_IN = 5
     MEMREF_OUT = 6
     MEMREF_INOUT = 7
+    UBUF_IN = 8
+    UBUF_OUT = 9
+    UBUF_INOUT = 10
+    OBJREF_IN = 11
+    OBJREF_OUT = 12
+    OBJREF_INOUT = 13
 
 
 Version = Struct("impl_id" / Int32ul, "impl_caps" / Int32ul, "gen_caps" / Int32ul)
@@ -68,6 +77,14 @@ Invoke = Struct(
 )
 Cancel = Struct("cancel_id" / Int32ul, "session" / Int32ul)
 CloseSession = Struct("session" / Int32ul)
+ObjectInvoke = Struct(
+    "id" / Int64ul,
+    "op" / Int32ul,
+    "ret" / Int32ul,
+    "num_params" / Int32ul,
+    "pad" / Int32ul,
+    "params" / Array(this.num_params, Param),
+)
 SupplRecv = Struct("func" / Int32ul, "num_params" / Int32ul, "params" / Array(this.num_params, Param))
 SupplSend = Struct("ret" / Int32ul, "num_params" / Int32ul, "params" / Array(this.num_params, Param))
 
@@ -79,8 +96,8 @@ def _number(direction: int, nr: int, layout: Struct[Any, Any]) -> int:
 
 
 class Ioctl(IntEnum):
-    """Ioctl numbers. Those from OPEN_SESSION to INVOKE, and the supplicant's, take a :data:`Buffer` that names the
-    argument."""
+    """Ioctl numbers. Those from OPEN_SESSION to INVOKE, OBJECT_INVOKE and the supplicant's take a :data:`Buffer` that
+    names the argument."""
 
     VERSION = _number(_READ, 0, Version)
     SHM_ALLOC = _number(_READ | _WRITE, 1, ShmAlloc)
@@ -92,3 +109,10 @@ class Ioctl(IntEnum):
     SUPPL_SEND = _number(_READ, 7, Buffer)
     SHM_REGISTER_FD = _number(_READ | _WRITE, 8, ShmRegisterFd)
     SHM_REGISTER = _number(_READ | _WRITE, 9, ShmRegister)
+    OBJECT_INVOKE = _number(_READ, 10, Buffer)
+
+
+_HEAD = sum(int(field.sizeof()) for field in OpenSession.subcons if field.name != "params")
+
+MOST_PARAMS = (MAX_ARG_SIZE - _HEAD) // int(Param.sizeof())
+"""Parameters that any call can have: an OPEN_SESSION has the least room for them."""

@@ -16,7 +16,7 @@ from device import messages, wire
 from device.machines import MACHINES
 from device.requests import STATUS_RESULT
 from pyvhost.codec import Codec
-from tee.rpc import RpcCommand
+from tee.rpc import GRPC_UUID, RpcCommand
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIFICATION = (ROOT / "docs/specification.md").read_text(encoding="utf-8")
@@ -164,7 +164,7 @@ def test_numbers_in_prose_are_those_of_the_code() -> None:
     assert f"fewer than {messages.REQUEST_HEADER.size} readable bytes" in PROSE
     assert f"`{wire.MAGIC:#x}`" in PROSE
     assert str(wire.SERVICES_UUID) in PROSE
-    assert str(wire.GRPC_UUID) in PROSE
+    assert str(GRPC_UUID) in PROSE
     assert f"{wire.MAX_CHAIN} nested calls" in PROSE
     assert f"`command` {RpcCommand.OCALL:#x}" in PROSE
     assert "Version {}.{}.".format(*wire.SPEC_VERSION) in PROSE

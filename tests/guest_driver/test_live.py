@@ -23,10 +23,18 @@ from tee.io.supplicant import Supplicant
 from tee.params import Direction, MemRef, Value
 from tee.results import Origin, Result, TeeError
 from tee.soft import examples
-from tests.guest_driver.live import live
+from tests.guest_driver.live import Live, live, over_ffa
 
 HELLO, PROBE = examples.UUIDS["hello_world"], examples.UUIDS["probe"]
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+
+
+@pytest.fixture(autouse=True, params=["soft", "ffa"])
+def tee(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``--tee`` is, of the device and of a backend."""
+    if request.param == "ffa":
+        monkeypatch.setattr(Live, "reached", staticmethod(over_ffa))
+    return str(request.param)
 
 
 @pytest.mark.feature("Guest driver: all kinds of parameters over vhost-user")
@@ -156,11 +164,12 @@ def test_it_leaks_no_descriptor(tmp_path: Path) -> None:
 @pytest.mark.feature("Guest driver: a backend that dies in mid-call ends all calls, nothing hangs")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.fault("backend-restart")
-def test_a_backend_that_dies_in_mid_call(tmp_path: Path, how: int) -> None:
+def test_a_backend_that_dies_in_mid_call(tmp_path: Path, how: int, tee: str) -> None:
     path = tmp_path / "s"
     (tmp_path / "key.pem").write_bytes(KEYS.public)
     (tmp_path / f"{PROBE}.ta").write_bytes(package.sign(examples.source("probe"), PROBE, 1, KEYS.private))
-    command = [sys.executable, "-m", "virtio_tee", "serve", "-s", str(path), "--ta-key", str(tmp_path / "key.pem")]
+    command = [sys.executable, "-m", "virtio_tee", "serve", "--tee", tee, "-s", str(path)]
+    command += ["--ta-key", str(tmp_path / "key.pem")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "virtio-tee: ready\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from device.config import Limits
+from ffa.optee.client import FfaTeeDriver
 from guest_driver.client import (
     CallError,
     CancelToken,
@@ -30,23 +31,33 @@ from tee.params import Direction
 from tee.results import Origin, Result, TeeError
 from tee.rpc import GRPC_UUID
 from tee.soft import SoftTee, examples
-from tests.guest_driver.live import live
+from tests.guest_driver.live import live, over_ffa
+from virtio_tee.ffa_vm import ffa_driver
 
 OCALL, PROBE = examples.UUIDS["ocall"], examples.UUIDS["probe"]
 CALL, LEND, GRPC, MANY, CANCEL, TIMED = range(6)
 INOUT = Direction.INOUT
+BACKENDS = {"virtio": None, "virtio-ffa": over_ffa}  # how theirs reaches the software TEE
+PATHS = ["direct", "ffa", *BACKENDS]
 
 
 class Machine:
-    """A TEE of so many threads, and the way to it: none, or the virtio device."""
+    """A TEE of so many threads, and the way to it: none, the virtio device, OP-TEE's partition, or both of these."""
 
     def __init__(self, path: str, folder: Path, threads: int = 4) -> None:
         self._stack = ExitStack()
         driver: TeeDriver
-        if path == "virtio":
-            device = self._stack.enter_context(live(folder, Limits(rpc_deadline_ms=5000), threads=threads))
+        if path in BACKENDS:
+            limits = Limits(rpc_deadline_ms=5000)
+            device = self._stack.enter_context(live(folder, limits, threads=threads, reached=BACKENDS[path]))
             self.tee = device.tee
             driver = device.driver()
+            self._stack.callback(driver.close)
+        elif path == "ffa":
+            self.tee = SoftTee(
+                clock=time.monotonic, random=secrets.token_bytes, built_in=examples.built_in(), threads=threads
+            )
+            driver = ffa_driver(self.tee, client_s=1.0)
             self._stack.callback(driver.close)
         else:
             self.tee = driver = SoftTee(
@@ -60,10 +71,13 @@ class Machine:
         self.runtime.close()
         assert not any(self.driver.usage().values()), self.driver.usage()
         self._stack.close()
-        assert not any(self.tee.usage().values()), self.tee.usage()
+        usage = self.tee.usage()
+        if isinstance(self.driver, FfaTeeDriver):  # the VM's own context stays as long as the VM
+            assert usage.pop("contexts") == 1
+        assert not any(usage.values()), usage
 
 
-@pytest.fixture(params=["direct", "virtio"])
+@pytest.fixture(params=PATHS)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     made: list[Machine] = []
 
@@ -160,6 +174,7 @@ def test_temporary_memory(session: Session) -> None:
 
 
 @pytest.mark.requirement("DRV-OCA-2")
+@pytest.mark.fault("ocall-no-handler")
 def test_without_a_handler(session: Session) -> None:
     for command in (CALL, LEND, GRPC):
         with pytest.raises(CallError) as refused:
@@ -248,6 +263,7 @@ def test_the_handler_calls_the_tee(context: Context, session: Session) -> None:
     assert results == [Words(2, 3, 5), Words(1, 1, 2)]
 
 
+@pytest.mark.fault("ocall-no-thread")
 def test_a_call_to_the_same_session_is_busy_at_once(session: Session) -> None:
     codes: list[int] = []
 
@@ -263,6 +279,7 @@ def test_a_call_to_the_same_session_is_busy_at_once(session: Session) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.requirement("DEV-OCA-4")
+@pytest.mark.fault("ocall-no-thread")
 def test_when_all_threads_wait_for_clients(make: Callable[..., Machine], threads: int) -> None:
     """BUSY at once; those that wait for a thread already, too; and afterwards all is well."""
     machine = make(threads)
@@ -311,6 +328,7 @@ def release() -> Iterator[threading.Event]:
     release.set()
 
 
+@pytest.mark.fault("ocall-cancelled")
 def test_cancelling_the_outer_call(session: Session, entered: threading.Event, release: threading.Event) -> None:
     token = CancelToken()
     pending = session.begin(CANCEL, ValueInOut(1), cancel=token, ocalls=waits(entered, release))
@@ -323,6 +341,7 @@ def test_cancelling_the_outer_call(session: Session, entered: threading.Event, r
     assert session.invoke(CALL, ValueInOut(7), ValueInOut(1, 2), ocalls=add)[1] == Words(1, 2, 3)
 
 
+@pytest.mark.fault("ocall-silence")
 def test_a_handler_that_never_answers(session: Session, entered: threading.Event, release: threading.Event) -> None:
     with pytest.raises(CallError) as late:
         session.invoke(TIMED, ValueInOut(1, 50), ocalls=waits(entered, release))
@@ -332,6 +351,7 @@ def test_a_handler_that_never_answers(session: Session, entered: threading.Event
 
 
 @pytest.mark.parametrize("what", ["session", "context"])
+@pytest.mark.fault("ocall-client-goes")
 def test_closing_it_in_the_handler(make: Callable[..., Machine], what: str) -> None:
     """The TA gets an error at once, and the closing does not wait for the handler that does it."""
     context = Context(make().runtime)
@@ -350,6 +370,7 @@ def test_closing_it_in_the_handler(make: Callable[..., Machine], what: str) -> N
 
 @pytest.mark.requirement("DRV-OCA-3")
 @pytest.mark.parametrize("what", ["session", "context"])
+@pytest.mark.fault("ocall-client-goes")
 def test_closing_it_elsewhere(
     make: Callable[..., Machine], what: str, entered: threading.Event, release: threading.Event
 ) -> None:
@@ -365,6 +386,7 @@ def test_closing_it_elsewhere(
 
 
 @pytest.mark.requirement("DRV-OCA-4")
+@pytest.mark.fault("ocall-memory-freed")
 def test_memory_is_freed_while_the_call_holds_it(context: Context, session: Session) -> None:
     """In the handler: it goes when the call has ended, and the TA sees it until then."""
     shared = context.allocate(4096)
@@ -376,6 +398,7 @@ def test_memory_is_freed_while_the_call_holds_it(context: Context, session: Sess
     session.invoke(CALL, ValueInOut(1), shared.whole(INOUT), ocalls=handler)
 
 
+@pytest.mark.fault("ocall-client-goes")
 def test_the_client_dies_while_memory_is_lent(make: Callable[..., Machine]) -> None:
     machine = make()
     entered, release = threading.Event(), threading.Event()
@@ -390,6 +413,7 @@ def test_the_client_dies_while_memory_is_lent(make: Callable[..., Machine]) -> N
 
 
 @pytest.mark.parametrize("size", [0, (16 << 20) + 1])
+@pytest.mark.fault("ocall-bad-memory")
 def test_too_much_memory(session: Session, size: int) -> None:
     with pytest.raises(CallError) as refused:
         session.invoke(LEND, ValueInOut(1, size), ocalls=add)

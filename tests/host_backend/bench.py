@@ -25,6 +25,7 @@ from tee.results import Result
 from tee.rpc import RpcCommand
 from tee.soft import SoftTee, examples
 from tee.soft.ta import TrustedApplication
+from virtio_tee.ffa_tee import FfaTee
 
 PROBE = examples.UUIDS["probe"]
 RAM = 0x10000
@@ -214,10 +215,16 @@ class StartedOnly(SoftTee):
     invoke_at_once = None  # type: ignore[assignment]
 
 
+def over_ffa(**options: Any) -> FfaTee:
+    """The software TEE behind OP-TEE's partition."""
+    tee = SoftTee(**options)
+    return FfaTee(tee, {f"vm{n}": None for n in range(8)})
+
+
 class Bench:
     """One TEE and its router; :meth:`guest` makes devices."""
 
-    tee_type = SoftTee
+    tee_type: Callable[..., Any] = SoftTee
 
     def __init__(
         self,
@@ -291,6 +298,7 @@ class Guest:
         features: Feature = ALL,
         queues: int = 1,
         buffers: int = 16,
+        ffa_vm: int | None = None,
     ) -> None:
         self.bench = bench
         self.limits = limits or Limits()
@@ -303,6 +311,7 @@ class Guest:
             clock=bench.clock,
             new_epoch=new_epoch,
             trace=bench.trace,
+            ffa_vm=ffa_vm,
         )
         self.device.queues = [None] * self.device.num_queues
         self.memory = self.device.memory = plain_memory((RAM, RAM_SIZE))

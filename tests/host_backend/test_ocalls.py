@@ -115,6 +115,7 @@ def test_an_ocall_of_opening(guest: Guest) -> None:
 
 
 @requirement("DEV-OCA-2")
+@pytest.mark.fault("ocall-no-handler")
 def test_without_the_feature(bench: Bench) -> None:
     guest = bench.guest(features=ALL)
     context = guest.open_context()
@@ -125,6 +126,7 @@ def test_without_the_feature(bench: Bench) -> None:
 
 
 @requirement("DEV-OCA-2")
+@pytest.mark.fault("ocall-no-handler")
 def test_during_other_requests(guest: Guest) -> None:
     context = guest.open_context()
     session = guest.open_session(context, Farewell.uuid)
@@ -153,6 +155,7 @@ def test_other_calls_meanwhile_and_any_order(guest: Guest) -> None:
 
 
 @requirement("DEV-OCA-4")
+@pytest.mark.fault("ocall-no-thread")
 def test_busy_at_once(guest: Guest) -> None:
     """Two threads, and both wait for clients."""
     context = guest.open_context()
@@ -233,6 +236,7 @@ def test_memory_of_the_clients(guest: Guest) -> None:
         [(V_INOUT, 0, 300, 0)],
     ],
 )
+@pytest.mark.fault("ocall-bad-memory")
 def test_bad_memory_of_the_clients(guest: Guest, answer: list[RawParam]) -> None:
     context = guest.open_context()
     session = guest.open_session(context, OCALL)
@@ -244,6 +248,7 @@ def test_bad_memory_of_the_clients(guest: Guest, answer: list[RawParam]) -> None
     assert guest.unregister(context, region).ret == 0
 
 
+@pytest.mark.fault("ocall-memory-freed")
 def test_memory_that_the_call_was_given(guest: Guest) -> None:
     context = guest.open_context()
     session = guest.open_session(context, OCALL)
@@ -258,6 +263,7 @@ def test_memory_that_the_call_was_given(guest: Guest) -> None:
     assert (call.ret, ending.ret) == (0, 0)
 
 
+@pytest.mark.fault("ocall-bad-memory")
 def test_memory_that_the_call_was_not_given(guest: Guest) -> None:
     context = guest.open_context()
     session = guest.open_session(context, Thief.uuid)
@@ -269,6 +275,7 @@ def test_memory_that_the_call_was_not_given(guest: Guest) -> None:
     Thief.kept.clear()
 
 
+@pytest.mark.fault("ocall-silence")
 def test_a_client_that_never_answers(guest: Guest) -> None:
     context = guest.open_context()
     session = guest.open_session(context, OCALL)
@@ -286,6 +293,7 @@ def test_a_client_that_never_answers(guest: Guest) -> None:
     assert guest.ack(seen.rpc).status == Status.OK
 
 
+@pytest.mark.fault("ocall-client-goes", "ocall-cancelled", "ocall-guest-reset")
 @pytest.mark.parametrize("what", ["context", "session", "reset", "cancel"])
 def test_it_ends_in_the_ocall(guest: Guest, what: str) -> None:
     from device.wire import Request
@@ -313,6 +321,7 @@ def test_it_ends_in_the_ocall(guest: Guest, what: str) -> None:
     assert guest.ack(seen.rpc).status == Status.OK
 
 
+@pytest.mark.fault("ocall-cancelled")
 def test_a_cancel_that_the_ta_masks_waits(guest: Guest) -> None:
     context = guest.open_context()
     session = guest.open_session(context, OCALL)

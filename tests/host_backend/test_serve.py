@@ -203,3 +203,18 @@ def test_limits_must_fit_each_other() -> None:
     ServeConfig([Endpoint("vm", path="x")], Limits(max_params=4, event_buffer_size=56 + 32 * 4))
     with pytest.raises(ValueError, match="queues"):
         ServeConfig([Endpoint("vm", path="x")], request_queues=65)
+
+
+@pytest.mark.started
+def test_a_signal_that_comes_at_once(tmp_path: Path) -> None:
+    """Whoever is told that it is ready may end it."""
+    code = (
+        "import os, signal, sys, time, secrets, trio\n"
+        "from host_backend.serve import Endpoint, ServeConfig, serve\n"
+        "from tee.soft import SoftTee\n"
+        "tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes)\n"
+        "config = ServeConfig([Endpoint('a', path=sys.argv[1])])\n"
+        "trio.run(lambda: serve(tee, config, ready=lambda: os.kill(os.getpid(), signal.SIGTERM)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], timeout=60, check=False)
+    assert done.returncode == 0

@@ -13,16 +13,50 @@ import pytest
 from lab.driven import DrivenGuest
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, linux_guest, step, supplicant, told
+from tests.lab.tests_on_tee0 import test_a_backend_on_tee0, test_the_demo_on_tee0  # noqa: F401
 
 pytestmark = pytest.mark.lab
 requirement = pytest.mark.requirement
 
 TARGET_DEAD = "TARGET_DEAD"
+ACCESS_PLATFORM, RING_PACKED = 33, 34
+#: what tests/lab/guest/client.c says
+C_CLIENT = [
+    "version 1 0xd",
+    "open 0",
+    "hello 0 42",
+    "close_session 0",
+    "no_ta 0xffff0008",
+    "login_user 0",
+    "close_session 0",
+    "open_probe 0",
+    f"add 0 4 {2**40 + 1} {2**50 + 2}",
+    "fail 0x10000001 4",
+    "close_session 0",
+    "close_session 22",
+    "shm_alloc 12288 1",
+    "xor_allocated 0 1 5000",
+    "short_buffer 0xffff0010 11",
+    "outside -22",
+    "echo 0 3 25 33",
+    f"shm_register {(8 << 20) - 456}",
+    f"xor_registered 0 1 {5 << 20}",
+    "beside 1",
+    "closed -22",
+    "bad_address 14",
+    "empty 1",
+    "close_session 0",
+    "cancel_nothing 2",
+    "cancel 0xffff0002",
+    "close_session 0",
+    "panic 0xffff3024 3",
+    "after_panic 0xffff3024",
+]
 
 
 @pytest.fixture(scope="module")
 def linux(backend: Backend) -> Iterator[DrivenGuest]:
-    with tempfile.TemporaryDirectory(prefix="vtee-") as folder, linux_guest(backend, Path(folder)) as guest:
+    with linux_guest(backend) as guest:
         yield guest
 
 
@@ -42,37 +76,7 @@ def usage(backend: Backend) -> int:
 @pytest.mark.call("TEE_IOC_CANCEL", "TEE_IOC_SHM_ALLOC", "TEE_IOC_SHM_REGISTER")
 def test_a_client_in_c(served: DrivenGuest) -> None:
     said = served.run(["/root/client"]).stdout.splitlines()
-    assert said == [
-        "version 1 0xd",
-        "open 0",
-        "hello 0 42",
-        "close_session 0",
-        "no_ta 0xffff0008",
-        "login_user 0",
-        "close_session 0",
-        "open_probe 0",
-        f"add 0 4 {2**40 + 1} {2**50 + 2}",
-        "fail 0x10000001 4",
-        "close_session 0",
-        "close_session 22",
-        "shm_alloc 12288 1",
-        "xor_allocated 0 1 5000",
-        "short_buffer 0xffff0010 11",
-        "outside -22",
-        "echo 0 3 25 33",
-        f"shm_register {(8 << 20) - 456}",
-        f"xor_registered 0 1 {5 << 20}",
-        "beside 1",
-        "closed -22",
-        "bad_address 14",
-        "empty 1",
-        "close_session 0",
-        "cancel_nothing 2",
-        "cancel 0xffff0002",
-        "close_session 0",
-        "panic 0xffff3024 3",
-        "after_panic 0xffff3024",
-    ]
+    assert said == C_CLIENT
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, TAs are loaded over RPC from the supplicant on /dev/teepriv0")
@@ -88,6 +92,13 @@ def test_a_ta_is_loaded_over_teepriv(served: DrivenGuest, backend: Backend) -> N
 
 def test_many_calls_at_a_time(served: DrivenGuest) -> None:
     assert told(served, "many", timeout=120) == {"wrong": []}
+
+
+UNTOUCHED = {"codes": [0, 0], "beside": True, "hashed": True, "afterwards": True}
+
+
+def test_what_a_client_writes_meanwhile_stays(served: DrivenGuest) -> None:
+    assert told(served, "untouched") == UNTOUCHED
 
 
 @requirement("DRV-SES-1")
@@ -165,59 +176,59 @@ def test_killed_clients_leave_no_memory_behind(served: DrivenGuest) -> None:
     assert lost < 40  # of 135 that were shared
 
 
-def test_a_supplicant_without_meta_parameters(linux: DrivenGuest) -> None:
-    plain = step(linux, "plain_supplicant")
-    assert told(linux, "hello")["value"] == 42
+def test_a_supplicant_without_meta_parameters(unserved: DrivenGuest) -> None:
+    plain = step(unserved, "plain_supplicant")
+    assert told(unserved, "hello")["value"] == 42
     plain.kill()
     plain.wait()
-    assert complaints(linux) == []
+    assert complaints(unserved) == []
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, a supplicant that is missing, dies, or answers nonsense")
 @requirement("DRV-RPC-1")
-def test_no_supplicant(linux: DrivenGuest) -> None:
-    found = told(linux, "hello")
+def test_no_supplicant(unserved: DrivenGuest) -> None:
+    found = told(unserved, "hello")
     assert found["open"] == "ITEM_NOT_FOUND"
-    serving = supplicant(linux)
-    assert told(linux, "second_supplicant") == {"error": "Device or resource busy"}
-    assert told(linux, "hello")["value"] == 42
+    serving = supplicant(unserved)
+    assert told(unserved, "second_supplicant") == {"error": "Device or resource busy"}
+    assert told(unserved, "hello")["value"] == 42
     serving.kill()
     serving.wait()
-    assert complaints(linux) == []
+    assert complaints(unserved) == []
 
 
 @requirement("DRV-RPC-2")
-def test_a_supplicant_that_dies_while_the_tee_waits(linux: DrivenGuest, backend: Backend) -> None:
-    stuck = step(linux, "stuck_supplicant")
-    client = linux.spawn(["python3", "-u", "/root/linux_steps.py", "hello"])
+def test_a_supplicant_that_dies_while_the_tee_waits(unserved: DrivenGuest, backend: Backend) -> None:
+    stuck = step(unserved, "stuck_supplicant")
+    client = unserved.spawn(["python3", "-u", "/root/linux_steps.py", "hello"])
     stuck.wait_for("stuck")
     stuck.kill(signal.SIGKILL)
     stuck.wait()
     assert ended(client)["open"] == "COMMUNICATION"
-    serving = supplicant(linux)
-    assert told(linux, "hello")["value"] == 42
+    serving = supplicant(unserved)
+    assert told(unserved, "hello")["value"] == 42
     serving.kill()
     serving.wait()
-    assert complaints(linux) == []
+    assert complaints(unserved) == []
 
 
 @requirement("DRV-RPC-7")
-def test_a_supplicant_that_answers_too_late(linux: DrivenGuest, backend: Backend) -> None:
+def test_a_supplicant_that_answers_too_late(unserved: DrivenGuest, backend: Backend) -> None:
     """The device withdraws the RPC after its deadline; the late answer changes nothing."""
     before = len(backend.wait_for("RPC_WITHDRAWN_ACK", 0))
-    late = step(linux, "late_supplicant")
-    assert told(linux, "hello")["open"] == "COMMUNICATION"
+    late = step(unserved, "late_supplicant")
+    assert told(unserved, "hello")["open"] == "COMMUNICATION"
     late.wait_for("late", 30)
     assert len(backend.wait_for("RPC_WITHDRAWN_ACK", before + 1)) == before + 1
-    assert told(linux, "hello")["value"] == 42
+    assert told(unserved, "hello")["value"] == 42
     late.kill()
     late.wait()
-    assert complaints(linux) == []
+    assert complaints(unserved) == []
 
 
-def test_a_supplicant_that_answers_nonsense(linux: DrivenGuest) -> None:
-    bad = step(linux, "bad_supplicant")
-    assert told(linux, "hello")["open"] in ("OUT_OF_MEMORY", "COMMUNICATION")
+def test_a_supplicant_that_answers_nonsense(unserved: DrivenGuest) -> None:
+    bad = step(unserved, "bad_supplicant")
+    assert told(unserved, "hello")["open"] in ("OUT_OF_MEMORY", "COMMUNICATION")
     assert ended(bad) == {
         "nothing asked": "No such file or directory",
         "first": 0,
@@ -226,7 +237,7 @@ def test_a_supplicant_that_answers_nonsense(linux: DrivenGuest) -> None:
         "second": 6,
         "twice": "No such file or directory",
     }
-    assert complaints(linux) == []
+    assert complaints(unserved) == []
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, suspend and resume")
@@ -251,11 +262,11 @@ def test_after_the_resume(served: DrivenGuest) -> None:
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, the device is removed with calls in flight")
-def test_the_device_is_removed(linux: DrivenGuest) -> None:
-    serving = supplicant(linux)
-    lost = step(linux, "lose")
-    name = device(linux)
-    removing = linux.spawn(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/unbind"])
+def test_the_device_is_removed(unserved: DrivenGuest) -> None:
+    serving = supplicant(unserved)
+    lost = step(unserved, "lose")
+    name = device(unserved)
+    removing = unserved.spawn(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/unbind"])
     assert ended(lost) == {
         "in flight": TARGET_DEAD,
         "old session": TARGET_DEAD,
@@ -265,16 +276,16 @@ def test_the_device_is_removed(linux: DrivenGuest) -> None:
     }
     assert serving.wait() == 0  # it sees that the device has gone
     assert removing.wait() == 0
-    assert linux.run(["sh", "-c", "ls /dev/tee*"], check=False).returncode != 0
-    linux.run(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/bind"])
-    serving = supplicant(linux)
-    assert told(linux, "hello")["value"] == 42
-    assert linux.run(["rmmod", "virtio_tee"], check=False).returncode != 0  # in use
+    assert unserved.run(["sh", "-c", "ls /dev/tee*"], check=False).returncode != 0
+    unserved.run(["sh", "-c", f"echo {name} > /sys/bus/virtio/drivers/virtio_tee/bind"])
+    serving = supplicant(unserved)
+    assert told(unserved, "hello")["value"] == 42
+    assert unserved.run(["rmmod", "virtio_tee"], check=False).returncode != 0  # in use
     serving.kill()
     serving.wait()
-    linux.run(["rmmod", "virtio_tee"])
-    linux.run(["insmod", "/root/virtio_tee.ko"])
-    assert complaints(linux) == []
+    unserved.run(["rmmod", "virtio_tee"])
+    unserved.run(["insmod", "/root/virtio_tee.ko"])
+    assert complaints(unserved) == []
 
 
 @pytest.mark.feature("Guests: Linux kernel driver, the backend is killed and started again")
@@ -283,7 +294,7 @@ def test_the_backend_is_killed_and_started_again() -> None:
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
         backend = Backend(Path(name))
         backend.start()
-        with linux_guest(backend, Path(name)) as guest:
+        with linux_guest(backend) as guest:
             serving = supplicant(guest)
             lost = step(guest, "lose")
             backend.stop(signal.SIGKILL)
@@ -300,13 +311,20 @@ def test_the_backend_is_killed_and_started_again() -> None:
         assert backend.stop() == 0
 
 
-@pytest.mark.feature("Guests: Linux kernel driver, packed rings")
-def test_packed_rings_without_indirect_descriptors() -> None:
+@pytest.mark.feature("Guests: Linux kernel driver, packed rings, two request queues, VIRTIO_F_ACCESS_PLATFORM")
+def test_packed_rings_two_request_queues_and_bounced_memory() -> None:
+    """Without indirect descriptors; the kernel is told to let devices reach its bounce buffers only."""
     with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
-        backend = Backend(Path(name))
+        backend = Backend(Path(name), "--request-queues", "2", platform=True)
         backend.start()
-        with linux_guest(backend, Path(name), "packed=on,indirect_desc=off") as guest:
+        options = "packed=on,indirect_desc=off,iommu_platform=on"
+        with linux_guest(backend, options, queues=2, append="swiotlb=force") as guest:
+            features = guest.run(["cat", f"/sys/bus/virtio/devices/{device(guest)}/features"]).stdout
+            assert features[ACCESS_PLATFORM : RING_PACKED + 1] == "11"
+            assert guest.run(["grep", "-c", f"{device(guest)}-request", "/proc/interrupts"]).stdout.strip() == "2"
             supplicant(guest)
             assert told(guest, "many", timeout=120) == {"wrong": []}
+            assert told(guest, "untouched") == UNTOUCHED
+            assert guest.run(["/root/client"]).stdout.splitlines() == C_CLIENT
             assert complaints(guest) == []
         assert backend.stop() == 0

@@ -22,128 +22,34 @@ from tests.lab.kit import SCRIPTS, Backend, Example
 pytestmark = pytest.mark.lab
 
 BLOCK, ENTROPY, TEE = 2, 4, 46  # virtio IDs
-CAPACITY = 16 << 20
+CAPACITY = 4 << 20
+THREADS, BLOCKS = 4, 128  # of 4 KiB each
 RING_PACKED = 34
 DEVICES = "/sys/bus/virtio/devices"
 
 READ_ENTROPY = """
-import os, sys
-fd = os.open("/dev/hwrng", os.O_RDONLY)
-data = b""
-while len(data) < 8192:
-    data += os.read(fd, 4096)
-sys.stdout.write(data.hex())
+import os
+for _ in range(2):
+    fd = os.open("/dev/hwrng", os.O_RDONLY)
+    data = b""
+    while len(data) < 8192:
+        data += os.read(fd, 4096)
+    os.close(fd)
+    print(data.hex())
 """
 WHOLE_DISK = """
 import hashlib, os, random, sys
-data = random.Random(1).randbytes(int(sys.argv[1]))
-with open("/dev/vda", "r+b", buffering=0) as disk:
+data = random.Random(1).randbytes(int(sys.argv[2]))
+with open(sys.argv[1], "r+b", buffering=0) as disk:
     view = memoryview(data)
     while view:
         view = view[disk.write(view):]
     os.fsync(disk.fileno())
 with open("/proc/sys/vm/drop_caches", "w") as file:
     file.write("3")
-with open("/dev/vda", "rb") as disk:
+with open(sys.argv[1], "rb") as disk:
     print(hashlib.file_digest(disk, "sha256").hexdigest())
 """
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
-        yield Path(name)
-
-
-def devices(guest: UmlGuest) -> dict[str, str]:
-    """Virtio device → its ID, as sysfs says it."""
-    names = guest.run(["ls", DEVICES]).stdout.split()
-    return {name: guest.run(["cat", f"{DEVICES}/{name}/device"]).stdout.strip() for name in names}
-
-
-@pytest.mark.feature("pyvhost: entropy and block devices under Debian's user-mode-linux, packed and split rings")
-@pytest.mark.parametrize("ring", ["split", "packed"])
-@pytest.mark.parametrize("queue", ["pure", "compiled"])
-def test_entropy_and_disk(folder: Path, ring: str, queue: str) -> None:
-    """user-mode-linux takes packed rings whenever they are offered."""
-    store = folder / "disk"
-    packed = ring == "packed"
-    rng = Example(folder, "pyvhost.examples.entropy", queue=queue, packed=packed)
-    options = ("--capacity", str(CAPACITY), "--memory", str(store))
-    block = Example(folder, "pyvhost.examples.null_block", *options, queue=queue, packed=packed)
-    try:
-        rng.start()
-        block.start()
-        config = UmlConfig(devices=[(rng.socket, ENTROPY), (block.socket, BLOCK)])
-        with UmlGuest(config) as guest:
-            assert sorted(devices(guest).values()) == ["0x0002", "0x0004"]
-            for device in devices(guest):
-                features = guest.run(["cat", f"{DEVICES}/{device}/features"]).stdout
-                assert features[RING_PACKED] == str(int(packed))
-
-            # the kernel has an entropy source of its own, which would do as well
-            guest.run(["sh", "-c", "echo virtio_rng.0 > /sys/class/misc/hw_random/rng_current"])
-            assert guest.run(["cat", "/sys/class/misc/hw_random/rng_current"]).stdout.strip() == "virtio_rng.0"
-            one, two = (bytes.fromhex(guest.run(["python3", "-c", READ_ENTROPY]).stdout) for _ in range(2))
-            assert len(one) == len(two) == 8192
-            assert one != two
-            assert set(one) == set(two) == set(range(256))
-
-            assert guest.run(["cat", "/sys/block/vda/size"]).stdout.strip() == str(CAPACITY // 512)
-            assert guest.run(["cat", "/sys/block/vda/serial"]).stdout.strip("\0\n") == "pyvhost null block"
-            read = guest.run(["python3", "-c", WHOLE_DISK, str(CAPACITY)], timeout=120).stdout.strip()
-            written = random.Random(1).randbytes(CAPACITY)
-            assert read == hashlib.sha256(written).hexdigest()
-            assert store.read_bytes() == written
-
-            guest.put("/root/block_load.py", (SCRIPTS / "block_load.py").read_bytes())
-            load = guest.spawn(["python3", "/root/block_load.py", "/dev/vda", "4"])
-            load.wait_for("started")
-            time.sleep(1)
-            guest.run(["touch", "/run/stop"])
-            assert load.wait(timeout=120) == 0, load.stderr
-            outcome = json.loads(load.stdout.splitlines()[-1])
-            assert outcome["wrong"] == []
-            assert outcome["writes"] > 4 * 512  # each thread writes its area, then at random
-    finally:
-        rng.end()
-        block.end()
-
-
-@pytest.mark.feature("Faults: user-mode-linux loses the device of a killed backend, and the next boot finds it again")
-def test_a_killed_backend(folder: Path) -> None:
-    """user-mode-linux does not connect again: it removes the device, and goes on."""
-    rng = Example(folder, "pyvhost.examples.entropy")
-    rng.start()
-    config = UmlConfig(devices=[(rng.socket, ENTROPY)])
-    try:
-        with UmlGuest(config) as guest:
-            assert list(devices(guest).values()) == ["0x0004"]
-            rng.kill()
-            end = time.monotonic() + 20
-            while devices(guest):
-                assert time.monotonic() < end, "the device is still there"
-                time.sleep(0.1)
-            assert "virtio_rng" not in guest.run(["cat", "/sys/class/misc/hw_random/rng_available"]).stdout
-            rng.start()
-            assert devices(guest) == {}
-        with UmlGuest(config) as guest:
-            guest.run(["sh", "-c", "echo virtio_rng.0 > /sys/class/misc/hw_random/rng_current"])
-            assert len(guest.run(["python3", "-c", READ_ENTROPY]).stdout) == 2 * 8192
-    finally:
-        rng.end()
-
-
-@pytest.mark.feature("Guests: the TEE device (ID 46) under Debian's unpatched user-mode-linux")
-def test_the_tee_device_appears(backend: Backend) -> None:
-    assert backend.process is not None
-    for _ in range(2):  # a guest that is killed leaves the backend as it was
-        with UmlGuest(UmlConfig(devices=[(backend.socket, TEE)])) as guest:
-            assert list(devices(guest).values()) == ["0x002e"]
-            assert not guest.run(["ls", f"{DEVICES}/virtio0"]).stdout.split().count("driver")
-            assert backend.process.poll() is None
-
-
 DRIVER = """
 #include <linux/module.h>
 #include <linux/tee_drv.h>
@@ -176,18 +82,153 @@ MODULE_LICENSE("GPL");
 """
 
 
-def test_a_module_of_ours_finds_device_and_tee_core(folder: Path, backend: Backend) -> None:
-    """One call builds a driver for ID 46 that uses the TEE core; the guest loads both and binds it."""
-    (folder / "labprobe.c").write_text(DRIVER)
-    (folder / "Kbuild").write_text("obj-m := labprobe.o\n")
-    probe = modules.build_module(folder, "labprobe", needs=[modules.tee()])
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def devices(guest: UmlGuest) -> dict[str, str]:
+    """Virtio device → its ID, as sysfs says it."""
+    names = guest.run(["ls", DEVICES]).stdout.split()
+    return {name: guest.run(["cat", f"{DEVICES}/{name}/device"]).stdout.strip() for name in names}
+
+
+def read_entropy(guest: UmlGuest, number: int) -> None:
+    """The kernel has an entropy source of its own, which would do as well: this one is to be the device."""
+    guest.run(["sh", "-c", f"echo virtio_rng.{number} > /sys/class/misc/hw_random/rng_current"])
+    assert guest.run(["cat", "/sys/class/misc/hw_random/rng_current"]).stdout.strip() == f"virtio_rng.{number}"
+    one, two = (bytes.fromhex(line) for line in guest.run(["python3", "-c", READ_ENTROPY]).stdout.splitlines())
+    assert len(one) == len(two) == 8192
+    assert one != two
+    assert set(one) == set(two) == set(range(256))
+
+
+def write_and_read(guest: UmlGuest, disk: str, store: Path) -> None:
+    """The whole disk; then four threads beside each other."""
+    assert guest.run(["cat", f"/sys/block/{disk}/size"]).stdout.strip() == str(CAPACITY // 512)
+    assert guest.run(["cat", f"/sys/block/{disk}/serial"]).stdout.strip("\0\n") == "pyvhost null block"
+    read = guest.run(["python3", "-c", WHOLE_DISK, f"/dev/{disk}", str(CAPACITY)], timeout=120).stdout.strip()
+    written = random.Random(1).randbytes(CAPACITY)
+    assert read == hashlib.sha256(written).hexdigest()
+    assert store.read_bytes() == written
+
+    guest.run(["rm", "-f", "/run/stop"])
+    load = guest.spawn(["python3", "/root/block_load.py", f"/dev/{disk}", str(THREADS), str(BLOCKS)])
+    load.wait_for("started")
+    time.sleep(0.3)
+    guest.run(["touch", "/run/stop"])
+    assert load.wait(timeout=120) == 0, load.stderr
+    outcome = json.loads(load.stdout.splitlines()[-1])
+    assert outcome["wrong"] == []
+    assert outcome["writes"] >= THREADS * BLOCKS  # each thread writes its area, then at random
+
+
+@pytest.mark.feature("pyvhost: entropy and block devices under Debian's user-mode-linux, packed and split rings")
+@pytest.mark.parametrize("queue", ["pure", "compiled"])
+def test_entropy_and_disk(folder: Path, queue: str) -> None:
+    """user-mode-linux takes packed rings whenever they are offered."""
+    examples: list[Example] = []
+    for packed in (False, True):
+        mine = folder / str(packed)
+        mine.mkdir()
+        options = ("--capacity", str(CAPACITY), "--memory", str(mine / "disk"))
+        examples.append(Example(mine, "pyvhost.examples.entropy", queue=queue, packed=packed))
+        examples.append(Example(mine, "pyvhost.examples.null_block", *options, queue=queue, packed=packed))
+    try:
+        for example in examples:
+            example.start(wait=False)
+        for example in examples:
+            example.wait()
+        sockets = zip((example.socket for example in examples), (ENTROPY, BLOCK) * 2, strict=True)
+        script = ("root/block_load.py", SCRIPTS / "block_load.py")
+        with UmlGuest(UmlConfig(devices=list(sockets)), image=ensure_image(extra=[script])) as guest:
+            assert list(devices(guest).values()) == ["0x0004", "0x0002"] * 2
+            for number, device in enumerate(devices(guest)):
+                features = guest.run(["cat", f"{DEVICES}/{device}/features"]).stdout
+                assert features[RING_PACKED] == str(number // 2)
+            for number, (disk, packed) in enumerate((("vda", False), ("vdb", True))):
+                read_entropy(guest, number)
+                write_and_read(guest, disk, folder / str(packed) / "disk")
+    finally:
+        for example in examples:
+            example.end()
+
+
+@pytest.fixture(scope="module")
+def rng() -> Iterator[Example]:
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
+        made = Example(Path(name), "pyvhost.examples.entropy")
+        made.start()
+        yield made
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def first(rng: Example, backend: Backend) -> Iterator[UmlGuest]:
+    """An entropy device and a TEE."""
+    with UmlGuest(UmlConfig(devices=[(rng.socket, ENTROPY), (backend.socket, TEE)])) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def second(first: UmlGuest, rng: Example, backend: Backend) -> Iterator[UmlGuest]:
+    """The next guest with the same devices, and a module of ours: the first one was killed."""
+    with tempfile.TemporaryDirectory(prefix="vtee-", dir="/tmp") as name:
+        (Path(name) / "labprobe.c").write_text(DRIVER)
+        (Path(name) / "Kbuild").write_text("obj-m := labprobe.o\n")
+        probe = modules.build_module(Path(name), "labprobe", needs=[modules.tee()])
     image = ensure_image(modules=(*MODULES, "tee"), built=[probe])
-    with UmlGuest(UmlConfig(devices=[(backend.socket, TEE)]), image=image) as guest:
-        assert guest.run(["readlink", f"{DEVICES}/virtio0/driver"]).stdout.strip().endswith("/labprobe")
-        said = guest.run(["dmesg"]).stdout.split("labprobe: config ")[1].split("\n")[0]
-        assert said.startswith(b"VTEE".hex())  # the magic, DEV-ID-1
-        assert said.endswith(" bus tee")
-        assert guest.run(["ls", "/sys/class"]).stdout.split().count("tee") == 1
+    first.close()
+    with UmlGuest(UmlConfig(devices=[(rng.socket, ENTROPY), (backend.socket, TEE)]), image=image) as guest:
+        yield guest
+
+
+@pytest.mark.feature("Guests: the TEE device (ID 46) under Debian's unpatched user-mode-linux")
+def test_the_tee_device_appears(first: UmlGuest) -> None:
+    assert list(devices(first).values()) == ["0x0004", "0x002e"]
+    assert not first.run(["ls", f"{DEVICES}/virtio1"]).stdout.split().count("driver")
+
+
+def test_files_of_any_size_go_in_and_out(first: UmlGuest) -> None:
+    """A serial line of user-mode-linux stops for good when the guest's buffer for it has been full."""
+    data = random.Random(2).randbytes(100_001)
+    first.put("/root/data", data)
+    assert first.get("/root/data") == data
+    with pytest.raises(GuestError, match="more than the guest's line takes"):
+        first.run(["cat"], stdin=data)
+    assert first.run(["wc", "-c", "/root/data"]).stdout.split()[0] == str(len(data))
+
+
+@pytest.mark.feature("Faults: user-mode-linux loses the device of a killed backend, and the next boot finds it again")
+def test_a_killed_backend(first: UmlGuest, rng: Example) -> None:
+    """user-mode-linux does not connect again: it removes the device, and goes on."""
+    rng.kill()
+    end = time.monotonic() + 20
+    while list(devices(first).values()) != ["0x002e"]:
+        assert time.monotonic() < end, "the device is still there"
+        time.sleep(0.1)
+    assert "virtio_rng" not in first.run(["cat", "/sys/class/misc/hw_random/rng_available"]).stdout
+    rng.start()
+    assert list(devices(first).values()) == ["0x002e"]
+
+
+@pytest.mark.feature("Faults: user-mode-linux loses the device of a killed backend, and the next boot finds it again")
+def test_the_next_guest(second: UmlGuest, backend: Backend) -> None:
+    """A guest that is killed leaves the backend of its TEE as it was."""
+    assert backend.process is not None
+    assert backend.process.poll() is None
+    assert list(devices(second).values()) == ["0x0004", "0x002e"]
+    read_entropy(second, 0)
+
+
+def test_a_module_of_ours_finds_device_and_tee_core(second: UmlGuest) -> None:
+    """One call builds a driver for ID 46 that uses the TEE core; the guest loads both and binds it."""
+    assert second.run(["readlink", f"{DEVICES}/virtio1/driver"]).stdout.strip().endswith("/labprobe")
+    said = second.run(["dmesg"]).stdout.split("labprobe: config ")[1].split("\n")[0]
+    assert said.startswith(b"VTEE".hex())  # the magic, DEV-ID-1
+    assert said.endswith(" bus tee")
+    assert second.run(["ls", "/sys/class"]).stdout.split().count("tee") == 1
 
 
 def test_a_module_that_needs_what_nobody_exports_is_not_built(folder: Path) -> None:
@@ -198,15 +239,3 @@ def test_a_module_that_needs_what_nobody_exports_is_not_built(folder: Path) -> N
     (folder / "Kbuild").write_text("obj-m := bad.o\n")
     with pytest.raises(LabError, match="nobody_has_this"):
         modules.build_module(folder, "bad")
-
-
-def test_files_of_any_size_go_in_and_out() -> None:
-    """A serial line of user-mode-linux stops for good when the guest's buffer for it has been full."""
-    image = ensure_image()
-    data = random.Random(2).randbytes(100_001)
-    with UmlGuest(UmlConfig(), image=image) as guest:
-        guest.put("/root/data", data)
-        assert guest.get("/root/data") == data
-        with pytest.raises(GuestError, match="more than the guest's line takes"):
-            guest.run(["cat"], stdin=data)
-        assert guest.run(["wc", "-c", "/root/data"]).stdout.split()[0] == str(len(data))

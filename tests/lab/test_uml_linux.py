@@ -13,6 +13,15 @@ from lab.driven import DrivenGuest
 from tests.lab import test_linux_driver as driver
 from tests.lab.kit import Backend
 from tests.lab.linux import complaints, ended, step, supplicant, uml_guest
+from tests.lab.tests_on_tee0 import (  # noqa: F401
+    test_a_backend_on_tee0,
+    test_invoke_on_tee0,
+    test_many_guests_on_tee0,
+    test_no_such_device,
+    test_the_broker_on_teepriv0,
+    test_the_demo_on_tee0,
+    test_what_the_kernel_says_of_tee0,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -29,6 +38,7 @@ test_no_supplicant = driver.test_no_supplicant
 test_suspend_and_resume = driver.test_suspend_and_resume
 test_after_the_resume = driver.test_after_the_resume
 test_system_calls_that_make_no_sense = driver.test_system_calls_that_make_no_sense
+test_what_a_client_writes_meanwhile_stays = driver.test_what_a_client_writes_meanwhile_stays
 test_the_device_is_removed = driver.test_the_device_is_removed
 
 
@@ -44,16 +54,16 @@ def backend() -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def linux(backend: Backend) -> Iterator[DrivenGuest]:
-    with uml_guest(backend, backend.folder) as guest:
+    with uml_guest(backend) as guest:
         yield guest
 
 
 @pytest.mark.feature("Faults: user-mode-linux loses the TEE device of a killed backend, and clients are told")
-def test_the_backend_is_killed(linux: DrivenGuest, backend: Backend) -> None:
+def test_the_backend_is_killed(unserved: DrivenGuest, backend: Backend) -> None:
     """user-mode-linux does not connect again: it removes the device. Calls end, nobody hangs, the driver can go."""
-    serving = supplicant(linux)
-    lost = step(linux, "lose")
-    assert complaints(linux) == []
+    serving = supplicant(unserved)
+    lost = step(unserved, "lose")
+    assert complaints(unserved) == []
     backend.stop(signal.SIGKILL)
     assert ended(lost) == {
         "in flight": driver.TARGET_DEAD,
@@ -63,8 +73,8 @@ def test_the_backend_is_killed(linux: DrivenGuest, backend: Backend) -> None:
         "close": None,
     }
     assert serving.wait() == 0
-    assert linux.run(["sh", "-c", "ls /dev/tee*"], check=False).returncode != 0
-    linux.run(["rmmod", "virtio_tee"])
+    assert unserved.run(["sh", "-c", "ls /dev/tee*"], check=False).returncode != 0
+    unserved.run(["rmmod", "virtio_tee"])
     # user-mode-linux complains that it cannot tell the backend to stop the queues
-    theirs = [line for line in complaints(linux) if "arch/um/drivers/virtio_uml.c" in line]
-    assert [line for line in complaints(linux) if line not in theirs and "Call Trace" not in line] == []
+    theirs = [line for line in complaints(unserved) if "arch/um/drivers/virtio_uml.c" in line]
+    assert [line for line in complaints(unserved) if line not in theirs and "Call Trace" not in line] == []

@@ -139,3 +139,43 @@ def test_a_key_that_is_none(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--ta-key", str(key)])
     assert shown.exit_code == 2
     assert str(key) in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--tee", "hard"], "say soft, ffa, linux"),
+        (["--tee", "linux:"], "say soft, ffa, linux"),
+        (["--tee", "soft:/dev/tee0"], "say soft, ffa, linux"),
+        (["--tee", "linux", "--threads", "4"], "--threads does not go with --tee linux"),
+        (["--tee", "linux", "--built-in-tas"], "--built-in-tas does not go with --tee linux"),
+        (["--tee-threads", "4"], "--tee-threads does not go with --tee soft"),
+        (["--tee", "ffa", "--tee-threads", "4"], "--tee-threads does not go with --tee ffa"),
+        (["--tee", "linux", "--ffa-vm", "1"], "--ffa-vm goes with --tee ffa"),
+        (["--no-zero-copy"], "--no-zero-copy does not go with --tee soft"),
+        (["--tee", "linux", "--host-logins", "-s", "/nowhere/y"], "one identity of several guests"),
+    ],
+)
+def test_options_of_the_tees(arguments: list[str], why: str) -> None:
+    shown = CliRunner().invoke(main, ["serve", "-s", "/nowhere/x", *arguments])
+    assert shown.exit_code == 2
+    assert why in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("/dev/no-tee9", "there is no such TEE device"), ("/dev/null", "this is no TEE device")]
+)
+def test_a_tee_device_that_cannot_be_used(path: str, why: str) -> None:
+    for command in (
+        ["serve", "-s", "/nowhere/x", "--tee", f"linux:{path}"],
+        ["guest", "info", "--tee", path],
+        ["demo", "--device", path],
+    ):
+        shown = CliRunner().invoke(main, command)
+        assert shown.exit_code == 1
+        assert f"{path}: {why}" in shown.stderr
+
+
+def test_one_device_only() -> None:
+    shown = CliRunner().invoke(main, ["guest", "info", "--tee", "/dev/tee0", "--socket", "/x"])
+    assert shown.exit_code == 2

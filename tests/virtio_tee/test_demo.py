@@ -27,10 +27,11 @@ def demo(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.feature("Commands: `virtio-tee demo`, the main job as two processes")
-def test_the_main_job() -> None:
-    code, seen = demo()
+@pytest.mark.parametrize("tee", ["soft", "ffa"])
+def test_the_main_job(tee: str) -> None:
+    code, seen = demo("--tee", tee)
     assert code == 0
-    assert (seen["result"], seen["path"], seen["tee"]) == ("ok", "virtio", "soft")
+    assert (seen["result"], seen["path"], seen["tee"]) == ("ok", "virtio", tee)
     assert seen["ta_loaded_over_rpc"] is True
     commands = [rpc["command"] for rpc in seen["rpcs"]]
     # three TAs, each asked for twice (size, data), with memory for it
@@ -57,6 +58,8 @@ def test_the_main_job_over_ffa() -> None:
     assert "ITEM_NOT_FOUND" in seen["why"]
     device = CliRunner().invoke(main, ["demo", "--path", "ffa", "--device"])
     assert (device.exit_code, "--device" in device.output) == (2, True)
+    both = CliRunner().invoke(main, ["demo", "--path", "ffa", "--tee", "ffa"])
+    assert (both.exit_code, "--tee" in both.output) == (2, True)
 
 
 def test_a_ta_that_is_not_there(tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_a_scenario_that_fails() -> None:
 
 
 def test_scenarios_have_names() -> None:
-    from virtio_tee.attach import SCENARIO_NAMES
-    from virtio_tee.scenario import SCENARIOS
+    from virtio_tee import attach
+    from virtio_tee.scenario import SCENARIOS, WITH_FILES
 
-    assert tuple(SCENARIOS) == SCENARIO_NAMES
+    assert (*SCENARIOS, *WITH_FILES) == attach.SCENARIOS

@@ -60,6 +60,9 @@ def something_happens(recorder: Recorder) -> None:
     error = ValueError("bad")
     recorder.broken("a", 2, error)
     recorder.broken("a", 2, error)
+    recorder.placed("a", 4096, "")
+    recorder.placed("a", 4096, "read-only")
+    recorder.placed("a", 8192, "read-only")
     recorder.mark("a", "disconnected")
     recorder.mark("a", "epoch ended", because="left")
 
@@ -82,6 +85,7 @@ class TestMetrics:
             ("a", "FS", "nobody", "COMMUNICATION"): 1,
             ("", "UNKNOWN", "device", "NOT_SUPPORTED"): 1,
         }
+        assert seen["virtio_tee_regions_total"] == {("a", "in_place", ""): 1, ("a", "copied", "read-only"): 2}
         assert seen["virtio_tee_queue_breaks_total"] == {("a", "2"): 1}
         assert seen["virtio_tee_connections_total"] == seen["virtio_tee_resets_total"] == {("a",): 1}
         assert seen["virtio_tee_connected"] == {("a",): 0}
@@ -163,7 +167,9 @@ def test_trace() -> None:
     begun = {(e["cat"], e["id"]) for e in events if e["ph"] == "b"}
     assert begun == {(e["cat"], e["id"]) for e in events if e["ph"] == "e"}
     marks = [e["name"] for e in events if e["ph"] == "i" and e["cat"] == "life"]
-    assert marks == ["connected", "queue broken", "disconnected", "epoch ended"]
+    regions = ["region in place", "region copied", "region copied"]
+    assert marks == ["connected", "queue broken", *regions, "disconnected", "epoch ended"]
+    assert [e["args"].get("reason") for e in events if e["name"] in regions] == [None, "read-only", "read-only"]
     refused = [(e["name"], e["args"]["status"]) for e in events if e["ph"] == "i" and e["cat"] == "requests"]
     assert refused == [("INVOKE", "NO_SESSION"), ("UNKNOWN", "UNSUPPORTED")]
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"VM a", "no VM"}

@@ -57,10 +57,26 @@ def serving(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen[s
         assert backend.returncode == 0
 
 
-def test_metrics_and_trace_of_real_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--ffa-vm", "1"], "--tee ffa"),
+        (["--tee", "ffa", "--ffa-vm", "1", "--ffa-vm", "2"], "once for each socket"),
+        (["--tee", "ffa", "-s", "/nowhere/y", "--ffa-vm", "5", "--ffa-vm", "5"], "same FF-A endpoint"),
+        (["--tee", "ffa", "--ffa-vm", "0"], "0"),
+        (["--tee", "ffa", "--ffa-vm", "0x4000"], "0x4000"),
+    ],
+)
+def test_endpoints_that_make_no_sense(arguments: list[str], why: str) -> None:
+    shown = CliRunner().invoke(main, ["serve", "-s", "/nowhere/x", *arguments])
+    assert (shown.exit_code, why in shown.stderr) == (2, True), shown.output
+
+
+@pytest.mark.parametrize("more", [[], ["--tee", "ffa"], ["--tee", "ffa", "--ffa-vm", "7"]], ids=" ".join)
+def test_metrics_and_trace_of_real_work(tmp_path: Path, more: list[str]) -> None:
     tas = demo._prepare(tmp_path)
     where, trace, tee = tmp_path / "metrics", tmp_path / "trace.json", tmp_path / "tee.sock"
-    arguments = ["-s", str(tee), "--vm", "web", "--ta-key", str(tmp_path / "vendor.pem"), "--trace", str(trace)]
+    arguments = ["-s", str(tee), "--vm", "web", "--ta-key", str(tmp_path / "vendor.pem"), "--trace", str(trace), *more]
     with serving([*arguments, "--metrics", f"unix:{where}"]):
         assert where.stat().st_mode & 0o777 == 0o660
         guest = [sys.executable, "-m", "virtio_tee", "guest", "demo", "--socket", str(tee), "--ta-folder", str(tas)]

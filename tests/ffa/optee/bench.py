@@ -70,9 +70,9 @@ class Path:
         assert endpoint.map_buffers(base, base + 0x1000).ok
         return Vm(endpoint, memory, base)
 
-    def driver(self, vm: int = 0) -> Driven:
+    def driver(self, vm: int = 0, **options: Any) -> Driven:
         guest = self.guests[vm]
-        return Driven(FfaTeeDriver(guest.endpoint, guest.arena(), now=lambda: 12_000_000_034))
+        return Driven(FfaTeeDriver(guest.endpoint, guest.arena(), now=lambda: 12_000_000_034, **options))
 
 
 class Driven:

@@ -10,7 +10,7 @@ import pytest
 from ffa.abi.frame import Frame
 from ffa.abi.ids import Call as Ffa
 from ffa.abi.ids import fid
-from ffa.optee.client import LOOK_S, POLL_S, FfaTeeDriver
+from ffa.optee.client import LOOK_S, POLL_S, FfaTeeDriver, share
 from ffa.optee.guests import Limits
 from ffa.roles.endpoint import Endpoint, respond
 from ffa.roles.hypervisor import Hypervisor
@@ -28,7 +28,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import Done, Notification, RpcWithdrawn
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcCommand, RpcReply
@@ -316,6 +316,32 @@ def begin(driver: FfaTeeDriver, call: Invoke) -> None:
     begun.becomes(call)
 
 
+def test_at_once_on_a_copy_of_memory_that_is_not_the_vms() -> None:
+    """It is brought up to date before an invoke and after it, be it over at once or not."""
+    path = Path()
+    driven = path.driver(copies=True)
+    driver, context = driven.driver, driven.context()
+    session, memory = driven.session(context, PROBE), Memory.of(bytearray(b"before" * 1000))
+    assert driven.call(RegisterMemory(context=context, memory=memory)).code == Result.SUCCESS
+    flip = [MemRef(Direction.INOUT, memory, 2, 3), Value(Direction.IN, 0xFF)]
+    for expected in (bytes(b ^ 0xFF for b in b"for"), b"for"):
+        assert driver.invoke_at_once(session, 2, flip) == WELL
+        assert memory.read(0, 6) == b"be" + expected + b"e"
+    memory.write(2, b"\1")
+    read_only = MemRef(Direction.IN, memory, 0, 6)
+    assert driver.invoke_at_once(session, 11, [read_only, temporary(bytes(32), Direction.OUT)]) == WELL
+    held = Value(Direction.INOUT, 1)
+    call = Invoke(session=session, func=8, params=[MemRef(Direction.INOUT, memory, 2, 3), held])
+    begin(driver, call)
+    assert driven.end_of(call).code == Result.SUCCESS
+    assert held.a == 1
+    assert memory.read(0, 6) == b"be\1ore"
+    assert driver.invoke_at_once(session, 2, flip) == WELL
+    assert driven.call(UnregisterMemory(context=context, memory=memory)).code == Result.SUCCESS
+    driver.close()
+    assert not path.hypervisor.transactions.regions
+
+
 def test_what_waits_brings_its_outputs_and_ends_with_its_context() -> None:
     path = Path()
     driven = path.driver()
@@ -457,11 +483,15 @@ class Liar:
 
 
 @pytest.mark.feature("FF-A: whatever OP-TEE's partition answers, the VM's driver ends every call")
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_a_partition_that_lies(seed: int) -> None:
+def test_a_partition_that_lies(seed: int, copies: bool) -> None:
     rng = random.Random(seed)
-    path = Path(soft_tee(built_in=examples.built_in("probe"), keys=[KEYS.public]))
-    driven = path.driver()
+    path = Path(soft_tee(built_in=examples.built_in("probe"), keys=[KEYS.public]), vms=2)
+    path.partition.proxies = {1: {2}}
+    theirs = path.guests[1]
+    handles = [share(theirs.endpoint, 0x8001, [Range(theirs.base + page * 4096, 4096)]) for page in range(2, 6)]
+    driven = path.driver(copies=copies)
     driver = driven.driver
     liar = Liar(path, rng, 0.3)
     started: list[Any] = []
@@ -486,7 +516,8 @@ def test_a_partition_that_lies(seed: int) -> None:
 
     for _ in range(80):
         context = rng.choice(contexts)
-        memories.append(driver.allocate(4096))
+        named = Memory(size=4096, ffa=FfaShare(rng.choice(handles), owner=2))
+        memories.append(rng.choice([named, Memory.of(bytearray(4096)) if copies else driver.allocate(4096)]))
         session = rng.choice(sessions) if sessions else None
         call: Any = rng.choice(
             [

@@ -346,7 +346,7 @@ def test_random_calls(seed: int) -> None:
     vm = kernel.vm.endpoint
     for _ in range(50):
         vm.call(Call.MSG_SEND_DIRECT_REQ, vm.id << 16 | path.partition.id, 0, Service.GET_API_VERSION)
-        path.partition._work()
+        path.partition.work()
     assert all(vm.reclaim(handle).ok for handle in handles)
     other = Kernel(path, path.guests[1])
     theirs = other.share(4)
@@ -366,3 +366,77 @@ def test_an_output_that_no_message_can_hold() -> None:
     written = Message.unpack(memory.read(0, 32))
     assert (written.ret, written.ret_origin) == (Result.GENERIC, Origin.TEE)
     assert memory.read(32, 96) == bytes(96)
+
+
+class TestAnothersMemory:
+    """REGISTER_SHM: VM 1 speaks for VM 2."""
+
+    @pytest.fixture
+    def handle(self, kernel: Kernel) -> int:
+        """Where VM 1's messages are."""
+        kernel.path.partition.proxies = {1: {2}}
+        return kernel.share(4)
+
+    @staticmethod
+    def register(kernel: Kernel, handle: int, of: int, *, owner: int = 2, tag: int = 0, size: int = PAGE, flags: int = 0
+                 ) -> int:  # fmt: skip
+        meta = [Value(Direction.IN, of, tag, owner, meta=True), Value(Direction.IN, size, flags, 0, meta=True)]
+        return kernel.do(handle, Message(Command.REGISTER_SHM), *meta).ret
+
+    def test_what_is_refused(self, kernel: Kernel, handle: int) -> None:
+        theirs = Kernel(kernel.path, kernel.path.guests[1]).share(4, 2)
+        for owner in (0, 1, 3, 0x8001, 1 << 16 | 2, (1 << 64) - 1):
+            assert self.register(kernel, handle, theirs, owner=owner) == Result.ACCESS_DENIED
+        for of, tag in ((theirs, 1), (handle, 0), (0, 0), ((1 << 64) - 1, 0)):
+            assert self.register(kernel, handle, of, tag=tag) == Result.ITEM_NOT_FOUND
+        for size in (0, PAGE, 3 * PAGE, (1 << 64) - 1):
+            assert self.register(kernel, handle, theirs, size=size) == Result.BAD_PARAMETERS
+        assert self.register(kernel, handle, theirs, size=2 * PAGE, flags=2) == Result.BAD_PARAMETERS
+        one, two = Value(Direction.IN, theirs, 0, 2, meta=True), Value(Direction.IN, 2 * PAGE, 0, meta=True)
+        wrong: list[list[Wire]] = [
+            [],
+            [one],
+            [one, two, two],
+            [one, Value(Direction.IN, 2 * PAGE, 0)],
+            [Value(Direction.INOUT, theirs, 0, 2, meta=True), two],
+            [Fmem(Direction.IN, 0, 8, handle), two],
+        ]
+        for wires in wrong:
+            assert kernel.do(handle, Message(Command.REGISTER_SHM), *wires).ret == Result.BAD_PARAMETERS
+        assert kernel.path.partition.usage()["regions"] == 1  # the messages'
+        assert self.register(kernel, handle, theirs, size=2 * PAGE) == 0
+        assert self.register(kernel, handle, theirs, size=2 * PAGE) == Result.BUSY
+
+    def test_vms_that_speak_for_nobody(self, kernel: Kernel, handle: int) -> None:
+        other = Kernel(kernel.path, kernel.path.guests[1])
+        assert self.register(other, other.share(4), handle, owner=1) == Result.NOT_IMPLEMENTED
+
+    def test_it_is_the_callers_to_end_and_to_use(self, kernel: Kernel, handle: int) -> None:
+        other = Kernel(kernel.path, kernel.path.guests[1])
+        theirs = other.share(5)
+        messages = other.share(4)
+        assert self.register(kernel, handle, theirs) == 0
+        assert other.ask(Service.UNREGISTER_SHM, *halves(theirs))[0] == Result.ITEM_NOT_FOUND
+        session = kernel.open(handle, PROBE).session
+        theirs_too = other.open(messages, PROBE).session
+        wires = [Fmem(Direction.INOUT, 10, 100, theirs), Value(Direction.IN, 0x7F)]
+        refused = other.do(messages, Message(Command.INVOKE_COMMAND, 2, theirs_too), *wires)
+        assert refused.ret == Result.BAD_PARAMETERS
+        assert kernel.do(handle, Message(Command.INVOKE_COMMAND, 2, session), *wires).ret == 0
+        assert bytes(other.vm.memory[5 * PAGE : 5 * PAGE + 111]) == bytes(10) + b"\x7f" * 100 + b"\0"
+        assert other.vm.endpoint.reclaim(theirs).error is Error.DENIED
+        assert kernel.vm.endpoint.reclaim(theirs).error is Error.INVALID_PARAMETERS
+        assert kernel.ask(Service.UNREGISTER_SHM, *halves(theirs))[0] == 0
+        assert other.vm.endpoint.reclaim(theirs).ok
+
+    @pytest.mark.fault("quota")
+    def test_limits(self) -> None:
+        path = Path(soft_tee(), vms=2, limits=Limits(regions=2, threads_per_vm=1))
+        path.partition.proxies = {1: {2}}
+        kernel, other = Kernel(path, path.guests[0]), Kernel(path, path.guests[1])
+        handle, waiting = kernel.share(4), kernel.share(5)
+        session = kernel.open(handle, PROBE).session
+        kernel.put(waiting, Message(Command.INVOKE_COMMAND, WAIT, session), [Value(Direction.IN, 0)])
+        assert kernel.call(waiting)[1] == Yield.INTERRUPT  # the one thread
+        assert self.register(kernel, handle, other.share(4)) == Result.OUT_OF_MEMORY  # the answer, but no BUSY
+        assert path.partition.usage()["regions"] == 2

@@ -7,17 +7,20 @@ from pathlib import Path as Folder
 
 import pytest
 
+from ffa.optee.client import share
 from guest_driver.client import CallError, Context, TempInOut, TempOut, ValueIn, ValueInOut, ValueOut
 from tee import package
-from tee.calls import Invoke
+from tee.calls import CloseContext, Invoke, RegisterMemory, UnregisterMemory
 from tee.io.runtime import TeeRuntime
 from tee.io.supplicant import Services, Supplicant
-from tee.params import Direction, Value
+from tee.memory import FfaShare, Memory, Range
+from tee.params import Direction, MemRef, Value
 from tee.results import Result, TeeError
 from tee.soft import SoftTee, examples
 from tests.ffa.optee.bench import Path, soft_tee
 from virtio_tee import scenario
 from virtio_tee.attach import supplicant_of
+from virtio_tee.report import Report
 
 HELLO, PROBE = examples.UUIDS["hello_world"], examples.UUIDS["probe"]
 KEYS = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
@@ -44,7 +47,7 @@ def test_the_demo(tmp_path: Folder) -> None:
         (tmp_path / f"{uuid}.ta").write_bytes(package.sign(examples.source(name), uuid, 1, KEYS.private))
     path = Path(soft_tee(built_in={}, keys=[KEYS.public]))
     driver = path.driver().driver
-    report = scenario.Report()
+    report = Report()
     supplicant = supplicant_of(Services(ta_folders=(str(tmp_path),)))
     with TeeRuntime(driver, supplicant, report.observe) as runtime:
         scenario.run(scenario.main_job, runtime, report)
@@ -102,3 +105,56 @@ def test_two_vms() -> None:
     for driver in drivers:
         driver.close()
     nothing_left(path)
+
+
+def test_a_vm_that_dies() -> None:
+    """In mid-call, with sessions and memory: the TEE lets go of it all, and the other VM goes on."""
+    path = Path(vms=2)
+    dying, other = path.driver(0), path.driver(1)
+    context = dying.context()
+    session = dying.session(context, PROBE)
+    memory = dying.driver.allocate(5000)
+    assert dying.call(RegisterMemory(context=context, memory=memory)).code == 0
+    touch = Invoke(session=session, func=3, params=[MemRef(Direction.INOUT, memory, 0, 5000)])
+    assert dying.call(touch).code == 0
+    dying.driver.start(Invoke(session=session, func=4, params=[Value(Direction.IN)]))
+    dying.run()
+    theirs = other.session(other.context(), PROBE)
+    for _ in range(10):
+        if path.hypervisor.remove(1):
+            break
+    else:
+        raise AssertionError("it is never gone")
+    assert 1 not in path.partition.guests
+    assert not path.partition._leaving
+    assert {r.descriptor.sender for r in path.spmc.transactions.regions.values()} == {2}
+    assert isinstance(path.tee, SoftTee)
+    assert (path.tee.usage()["contexts"], path.tee.usage()["sessions"], path.tee.usage()["calls"]) == (1, 1, 0)
+    assert other.call(Invoke(session=theirs, func=0)).code == 0
+    for event in (dying.driver.run(), dying.driver.close()):  # its driver, too, comes to an end
+        assert event is None or event >= 0
+
+
+def test_a_vm_whose_memory_another_has_registered() -> None:
+    """A host's device, say, for a guest: the guest dies first."""
+    path = Path(vms=2)
+    path.partition.proxies = {1: {2}}
+    host, guest = path.driver(0), path.guests[1]
+    handle = share(guest.endpoint, 0x8001, [Range(guest.base + 0x8000, 4096)])
+    memory = Memory(size=4096, ffa=FfaShare(handle, owner=2))
+    context = host.context()
+    session = host.session(context, PROBE)
+    assert host.call(RegisterMemory(context=context, memory=memory)).code == 0
+    hold = Invoke(
+        session=session, func=8, params=[MemRef(Direction.INOUT, memory, 0, 8), Value(Direction.INOUT, 10**9)]
+    )
+    host.driver.start(hold)
+    host.run()
+    assert not path.hypervisor.remove(2)  # a call uses it
+    host.driver.cancel(hold)
+    assert host.end_of(hold).code == Result.CANCEL
+    assert any(path.hypervisor.remove(2) for _ in range(5))
+    again = Invoke(session=session, func=8, params=[MemRef(Direction.INOUT, memory, 0, 8), Value(Direction.INOUT, 1)])
+    assert host.call(again).code == Result.BAD_PARAMETERS
+    assert host.call(UnregisterMemory(context=context, memory=memory)).code == 0
+    assert host.call(CloseContext(context=context)).code == 0

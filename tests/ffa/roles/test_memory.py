@@ -186,6 +186,36 @@ def test_memory_is_cleared_when_asked(bench: Bench) -> None:
     assert machine.read(1, address, 6) == bytes(6)
 
 
+@pytest.mark.parametrize("asks", [2, 0x8001])
+@pytest.mark.parametrize("order", [(2, 0x8001), (0x8001, 2)])
+def test_memory_of_both_worlds_is_cleared_under_nobody(bench: Bench, asks: int, order: tuple[int, int]) -> None:
+    """Lent to a VM and a partition: whoever relinquishes first, with the ZERO flag, does not zero what the other works
+    on; and the owner never sees what was written."""
+    address, machine, both = bench.pages(1)[0][0], bench.machine, (2, 0x8001)
+    handle = bench.send(Call.MEM_LEND, 1, *both)
+    for borrower in both:
+        assert bench.retrieve(Call.MEM_LEND, handle, 1, *both, by=borrower).fid == RETRIEVED
+    machine.write(0x8001, address, b"secret")
+    for borrower in order:
+        assert machine.read(borrower, address, 6) == b"secret"
+        assert bench.vms[1].reclaim(handle).error is Error.DENIED
+        assert bench.all[borrower].relinquish(handle, flags=int(borrower == asks)).ok
+    assert bench.vms[1].reclaim(handle).ok
+    assert machine.read(1, address, 6) == bytes(6)
+
+
+def test_memory_of_both_worlds_is_not_cleared_unasked(bench: Bench) -> None:
+    address, machine, both = bench.pages(1)[0][0], bench.machine, (2, 0x8001)
+    handle = bench.send(Call.MEM_LEND, 1, *both)
+    for borrower in both:
+        assert bench.retrieve(Call.MEM_LEND, handle, 1, *both, by=borrower).fid == RETRIEVED
+    machine.write(2, address, b"for you")
+    for borrower in both:
+        assert bench.all[borrower].relinquish(handle).ok
+    assert bench.vms[1].reclaim(handle).ok
+    assert machine.read(1, address, 7) == b"for you"
+
+
 def test_buffers_are_not_sent(bench: Bench) -> None:
     t = abi.Transaction(1, (abi.Receiver(0x8001, 2),), 0x2F)
     assert bench.vms[1].send_memory(Call.MEM_SHARE, t, [(bench.memory(1), 1)]).error is Error.DENIED

@@ -1,6 +1,6 @@
 """Runs in a guest: writes and reads a disk past the page cache until /run/stop is there, and never believes the disk.
 
-    python3 block_load.py /dev/vda 4
+    python3 block_load.py /dev/vda 4 [BLOCKS]
 
 Each thread has an area of its own, in which it knows what it wrote last. One JSON line at the end: how many writes and
 reads there were, and what was wrong.
@@ -15,7 +15,7 @@ import sys
 import threading
 
 BLOCK = 4096
-BLOCKS = 512  # of one thread's area
+BLOCKS = int(sys.argv[3]) if sys.argv[3:] else 512  # of one thread's area
 
 
 class Worker(threading.Thread):

@@ -1,5 +1,6 @@
 """In a guest whose kernel drives the device: one step of a test each. The last line of output is JSON."""
 
+import hashlib
 import json
 import mmap
 import os
@@ -14,7 +15,7 @@ from tee.linux.ioctls import MEMREF_NULL
 from tee.results import describe
 from tee.soft.examples import UUIDS
 
-NULL, XOR, WAIT, HOLD = 0, 2, 4, 8
+NULL, XOR, WAIT, HOLD, HASH = 0, 2, 4, 8, 11
 FOREVER = 3_600_000
 
 
@@ -67,7 +68,7 @@ def lose():
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(1)
+    time.sleep(0.3)
     print("holding", flush=True)
     thread.join()
     found["old session"] = describe(tee.invoke(answer.session, NULL).code)
@@ -106,6 +107,31 @@ def many():
     for thread in threads:
         thread.join()
     tell(wrong=wrong)
+
+
+def untouched():
+    """What a client writes into shared memory stays: beside the part that a call uses meanwhile, and at the end."""
+    tee, answer = opened("probe")
+    data = mmap.mmap(-1, 4 * mmap.PAGESIZE)
+    shm = tee.register(data)
+    found = []
+
+    def hold():
+        found.append(tee.invoke(answer.session, HOLD, [(7, 0, 100, shm.id), (3, 500, 0, 0)]).code)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    time.sleep(0.2)
+    data[100:] = b"\x11" * (len(data) - 100)
+    thread.join()
+    beside = data[100:] == b"\x11" * (len(data) - 100)
+    given = [(5, 100, 100, shm.id), (6, 8192, 32, shm.id)]
+    found.append(tee.invoke(answer.session, HASH, given).code)
+    hashed = data[8192:8224] == hashlib.sha256(b"\x11" * 100).digest()
+    data[:] = b"\x22" * len(data)
+    shm.close()
+    tee.close()
+    tell(codes=found, beside=beside, hashed=hashed, afterwards=data[:] == b"\x22" * len(data))
 
 
 def second_supplicant():

@@ -598,7 +598,10 @@ def test_what_a_handler_must_not_return(kind: Kind) -> None:
     pair.driver.add([(pair.data, 1)], [], 0)
     with pytest.raises(TypeError):
         pair.device.drain(lambda chain: "1")  # type: ignore[arg-type,return-value]
-    assert pair.device.in_flight == 2
+    pair.driver.add([(pair.data, 1)], [], 0)
+    with pytest.raises(ValueError, match="room"):
+        pair.device.drain(lambda chain: -1)
+    assert pair.device.in_flight == 3
 
 
 @each_kind

@@ -41,6 +41,7 @@ class FakeDevice:
         self.answers: list[tuple[int, list[RawParam]]] = []
         self.shms: list[FakeShm] = []
         self.closed = False
+        self.refusal = 0
 
     def version(self) -> tuple[int, int, int]:
         return self.impl_id, 0, 0
@@ -60,6 +61,8 @@ class FakeDevice:
 
     def send(self, code: int, params: list[RawParam]) -> None:
         assert params[: len(self.meta)] == self.meta
+        if self.refusal:
+            raise OSError(self.refusal, "nobody waits for it")
         self.answers.append((code, params[len(self.meta) :]))
 
     def close(self) -> None:
@@ -136,3 +139,25 @@ def test_other_errors_are_told(serving: LinuxSupplicant, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeDevice, "receive", broken)
     with pytest.raises(OSError, match="broken"):
         serving.run()
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOENT, errno.EINVAL])
+def test_a_client_was_killed(serving: LinuxSupplicant, number: int) -> None:
+    """The answer is refused, memory goes back, and the next client is served."""
+    device = serving._device
+    assert isinstance(device, FakeDevice)
+    device.refusal = number
+    assert asked(serving, (RpcCommand.SHM_ALLOC, [(3, 0, len(TA), 0)]), (RpcCommand.RPMB, [])) == []
+    assert [shm.closed for shm in device.shms] == [True]
+    device.refusal = 0
+    assert asked(serving, (RpcCommand.LOAD_TA, [NAME, (6, 0, 0, MEMREF_NULL)])) == [
+        (Result.SUCCESS, [NAME, (6, 0, len(TA), MEMREF_NULL)])
+    ]
+
+
+def test_the_device_goes_before_the_answer(serving: LinuxSupplicant) -> None:
+    device = serving._device
+    assert isinstance(device, FakeDevice)
+    device.refusal = errno.ENODEV
+    assert asked(serving, (RpcCommand.RPMB, []), (RpcCommand.RPMB, [])) == []
+    assert len(device.requests) == 1

@@ -32,6 +32,7 @@ STRUCTS: dict[str, Struct[Any, Any]] = {
     "tee_iocl_supp_recv_arg": ioctls.SupplRecv,
     "tee_iocl_supp_send_arg": ioctls.SupplSend,
 }
+NEWER = ("SHM_REGISTER_FD", "OBJECT_INVOKE")
 NUMBERS = {
     "TEE_IOC_MAGIC": ioctls.MAGIC,
     "TEE_MAX_ARG_SIZE": ioctls.MAX_ARG_SIZE,
@@ -46,8 +47,8 @@ NUMBERS = {
     "TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INPUT": ioctls.ParamType.MEMREF_IN,
     "TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_OUTPUT": ioctls.ParamType.MEMREF_OUT,
     "TEE_IOCTL_PARAM_ATTR_TYPE_MEMREF_INOUT": ioctls.ParamType.MEMREF_INOUT,
-    # the one that the C library's header does not have in every version
-    **{f"TEE_IOC_{ioctl.name}": ioctl.value for ioctl in ioctls.Ioctl if ioctl.name != "SHM_REGISTER_FD"},
+    # those that the C library's header does not have in every version
+    **{f"TEE_IOC_{ioctl.name}": ioctl.value for ioctl in ioctls.Ioctl if ioctl.name not in NEWER},
 }
 
 
@@ -63,7 +64,13 @@ def compiled(expressions: tuple[str, ...]) -> list[int]:
 
 def test_numbers() -> None:
     assert dict(zip(NUMBERS, compiled(tuple(NUMBERS)), strict=True)) == NUMBERS
-    assert ioctls.Ioctl.SHM_REGISTER_FD == 0xC018A408
+    assert [ioctls.Ioctl[name] for name in NEWER] == [0xC018A408, 0x8010A40A]
+
+
+def test_how_many_parameters_a_call_can_have() -> None:
+    """As long as all of an argument fits what the kernel takes."""
+    size, param = compiled(("sizeof(struct tee_ioctl_open_session_arg)", "sizeof(struct tee_ioctl_param)"))
+    assert size + ioctls.MOST_PARAMS * param <= ioctls.MAX_ARG_SIZE < size + (ioctls.MOST_PARAMS + 1) * param
 
 
 @pytest.mark.parametrize("name", STRUCTS)

@@ -19,7 +19,7 @@ from tee.calls import (
     UnregisterMemory,
 )
 from tee.driver import GenCap, TeeKind
-from tee.memory import Memory
+from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.soft.entities import Registration
@@ -362,7 +362,7 @@ class TestRegistration:
         memory = bench.registered(context)
         assert bench.done(RegisterMemory(context=context, memory=memory)).code == Result.BAD_PARAMETERS
         assert bench.done(RegisterMemory(context=context, memory=Memory())).code == Result.BAD_PARAMETERS
-        handle = Memory(size=4096, ffa_handle=5)
+        handle = Memory(size=4096, ffa=FfaShare(5))
         assert bench.done(RegisterMemory(context=context, memory=handle)).code == Result.NOT_SUPPORTED
 
     def test_memory_of_another_context_or_tee(self, bench: Bench) -> None:

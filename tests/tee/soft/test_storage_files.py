@@ -73,7 +73,8 @@ def test_a_file_that_was_changed(tmp_path: Path) -> None:
         assert life.put(b"a", b"1234") == Result.SUCCESS
         for path in tmp_path.rglob("*"):
             if path.is_file():
-                path.write_bytes(path.read_bytes()[:-1] + b"x")
+                data = path.read_bytes()
+                path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert life.get(b"a", 4)[0] == Result.CORRUPT_OBJECT
 
 
