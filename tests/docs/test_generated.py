@@ -287,15 +287,16 @@ def test_a_test_of_an_unknown_requirement_is_an_error(elsewhere: Path, capsys: p
 def test_a_requirement_without_test_and_reason_is_an_error(
     elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("guest_driver.core.DRIVER_FEATURES", wire.Feature.INLINE)
     with (elsewhere / "docs/specification.md").open("a", encoding="utf-8") as file:
-        file.write("\n- **[DEV-MEM-3]** It MUST be shown.\n- **[DRV-FFA-9]** It MUST wait.\n")
+        file.write("\n- **[DEV-MEM-3]** It MUST be shown.\n- **[DRV-ENC-1]** It MUST wait.\n")
     assert generate.main([]) == 1
     assert capsys.readouterr().err.endswith("no reason why: DEV-MEM-3\n")
     monkeypatch.setitem(generate.REASONS, "DEV-MEM-3", "Nobody can see it.")
     assert generate.main([]) == 0
     requirements = (elsewhere / "docs/requirements.md").read_text(encoding="utf-8")
     assert "| It MUST be shown. | *Nobody can see it.* |" in requirements
-    assert "| It MUST wait. | *This driver does not accept FFA_HANDLE.* |" in requirements
+    assert "| It MUST wait. | *This driver does not accept ENCLAVES.* |" in requirements
     assert "5 requirements: 3 with a test, 2 with a reason why not." in requirements
 
 
