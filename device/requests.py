@@ -8,7 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 from device.config import Limits
-from device.messages import NO_FEATURE, RANGE, REQUEST_HEADER, REQUESTS, RESPONSE_HEADER, RequestType, Tail
+from device.messages import (
+    NO_FEATURE,
+    RANGE,
+    REQUEST_HEADER,
+    REQUESTS,
+    RESPONSE_HEADER,
+    SERVICE_ENTRY,
+    RequestType,
+    Tail,
+)
 from device.params import PARAM_SIZE, RawParam, RequestError, check_raw, unpack_raw
 from device.wire import Feature, Queue, Request, Status
 from pyvhost.errors import FormatError
@@ -57,9 +66,9 @@ _NO_PARAMS: list[RawParam] = []
 _NO_RANGES: list[tuple[int, int]] = []
 
 
-def response_size(kind: RequestType, params: int, inline_out: int) -> int:
-    """Bytes of the complete response to a request of this kind (without SERVICE_LIST's entries)."""
-    size = RESPONSE_HEADER_SIZE + inline_out
+def response_size(kind: RequestType, params: int, inline_out: int, entries: int = 0) -> int:
+    """Bytes of the complete response to a request of this kind, with as many of SERVICE_LIST's entries."""
+    size = RESPONSE_HEADER_SIZE + inline_out + entries * SERVICE_ENTRY.size
     if kind.response is not None:
         size += kind.response.codec.size
         if kind.response.tail is Tail.PARAMS:
@@ -125,7 +134,8 @@ def parse_request(
         end = at
     if end != len(data):
         raise RequestError(Status.MALFORMED, f"the request has {len(data)} bytes where {end} are right")
-    if room < response_size(kind, len(params), inline_out):
+    entries = body.max_entries if header.type == Request.SERVICE_LIST else 0
+    if room < response_size(kind, len(params), inline_out, entries):
         raise RequestError(Status.MALFORMED, f"no room for the response in {room} bytes")
     return ParsedRequest(kind, header.type, header.tag, header.context, body, data, params, ranges, at, inline_out)
 

@@ -5,11 +5,11 @@ The tables of ``docs/specification.md`` are generated from here (``make docs``),
 """
 
 from enum import Enum, IntEnum, IntFlag
-from uuid import UUID
 
 from construct import Bytes, Const, Int16ul, Int32ul, Int64ul, Struct
 
 from pyvhost.codec import Reserved
+from tee import attestation, services
 from tee.results import Result
 from tee.rpc import RpcCommand
 
@@ -236,23 +236,17 @@ class RegionFlag(IntFlag):
     READ_ONLY = 1 << 0
 
 
-class ServiceFlag(IntFlag):
-    """Flags of a service in SERVICE_LIST's answer."""
-
-    BUILT_IN = 1 << 0
-    LOADED = 1 << 1
-    IN_USE = 1 << 2
-
-
-class EnclaveFlag(IntFlag):
-    """Flags of ENCLAVE_CREATE."""
-
-    SHARED = 1 << 0
-
-
-MAX_CHAIN = 8
-"""Calls from enclave to enclave that may be nested under one ENCLAVE_CALL."""
-
+SERVICES_UUID = services.SERVICES_UUID
+MAX_CHAIN = services.MAX_CHAIN
+ServiceFlag = services.ServiceFlag
+EnclaveFlag = services.EnclaveFlag
+STATEMENT_MAGIC = attestation.STATEMENT_MAGIC
+ServiceEntry = services.ServiceEntry
+TaskSelector = services.TaskSelector
+AttestSelector = services.AttestSelector
+CallFrame = services.CallFrame
+AttestationStatement = attestation.AttestationStatement
+"""What the TEE, too, writes and reads is defined there."""
 
 RequestHeader = Struct(
     "type" / Int32ul * "what is asked for",
@@ -366,16 +360,6 @@ ServiceListResponse = Struct(
     "total" / Int32ul * "entries that there are",
     "count" / Int32ul * "entries that follow",
 )
-ServiceEntry = Struct(
-    "uuid" / Bytes(16) * "UUID of the service",
-    "version" / Int32ul * "its version",
-    "api_level"
-    / Int32ul
-    * "API that it offers: major version in the upper, minor in the lower 16 bits; 0x00010001 is GP 1.1",
-    "flags" / Int32ul * "bit 0 built in, bit 1 loaded by this guest, bit 2 in use",
-    Reserved(4),
-    "name" / Bytes(32) * "name in UTF-8, padded with zeros; may be empty",
-)
 ServiceLoad = Struct(
     "num_params" / Int32ul * "1: a memory reference (IN) to the signed package",
     Reserved(4),
@@ -402,48 +386,6 @@ ServiceAttest = Struct(
     "num_params" / Int32ul * "1: a memory reference (OUT) for the statement",
     Reserved(4),
 )
-
-STATEMENT_MAGIC = 0x54415456
-"""``VTAT`` in the first four bytes of an attestation statement."""
-
-AttestationStatement = Struct(
-    "magic" / Const(STATEMENT_MAGIC, Int32ul) * "0x54415456, the bytes `VTAT`",
-    "format"
-    / Int32ul
-    * "1: `signature` signs all bytes before it; 2: `signature` is what OP-TEE's attestation pseudo-TA gave",
-    "uuid" / Bytes(16) * "UUID of the service",
-    "version" / Int32ul * "its version",
-    "tee_kind" / Int32ul * "as in the config space",
-    "digest" / Bytes(32) * "SHA-256 of what was measured: the hash in the header of the service's package",
-    "nonce" / Bytes(32) * "the nonce of the request",
-    "key_id" / Bytes(32) * "SHA-256 of the signer's public key (DER, SubjectPublicKeyInfo)",
-    "algorithm" / Int32ul * "signature algorithm, by GlobalPlatform's number as in a TA package",
-    "signature_size" / Int32ul * "bytes of the signature, which follows",
-)
-"""What SERVICE_ATTEST writes into its memory reference."""
-
-SERVICES_UUID = UUID("e8177e22-d43b-58a8-a970-88447d8f38c5")
-"""The pseudo-TA that offers services and enclaves to clients that know only GlobalPlatform's API."""
-
-TaskSelector = Struct(
-    "uuid" / Bytes(16) * "UUID of the service",
-    "func" / Int32ul * "command",
-    Reserved(4),
-)
-"""First parameter of the services pseudo-TA's SERVICE_TASK."""
-
-AttestSelector = Struct(
-    "uuid" / Bytes(16) * "UUID of the service to attest",
-    "nonce" / Bytes(32) * "fresh bytes of the verifier's",
-)
-"""First parameter of its SERVICE_ATTEST."""
-
-CallFrame = Struct(
-    "regs"
-    / Int64ul[8]
-    * "in: register values given to the callee; out: 0 value, 1 offset, 2 size of the return, others 0",
-)
-"""Second parameter of its ENCLAVE_CALL."""
 
 # -- server enclaves
 

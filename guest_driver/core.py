@@ -13,6 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from uuid import UUID
+
+from construct import ConstructError
 
 from device.config import Config
 from device.messages import CALLS, CONFIG, EVENT_HEADER, EVENTS, PARAM, REQUESTS, RESPONSE_HEADER
@@ -48,6 +51,7 @@ from device.wire import (
 )
 from guest_driver.buffers import Buffer, Buffers
 from guest_driver.ffa_memory import FfaMemory, shared_size
+from guest_driver.service_requests import GIVES_BACK, MAX_LISTED, SERVICE_REQUESTS, TAKES
 from guest_driver.transport import Transport, TransportError
 from pyvhost.errors import FormatError, ProtocolError, QueueFull
 from pyvhost.vring.api import DriverQueue
@@ -66,10 +70,13 @@ from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import Rpc, RpcCommand, RpcReply
+from tee.services import ENTRY_SIZE, CallReturn, ListServices, Loaded, Service, ServiceCall, ServiceList
 
 log = logging.getLogger(__name__)
 
-DRIVER_FEATURES = Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE
+DRIVER_FEATURES = (Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE) | (
+    Feature.SERVICES | Feature.ATTESTATION | Feature.ENCLAVES
+)
 """Feature bits that this driver knows how to use."""
 
 _RESPONSE_HEADER_SIZE = RESPONSE_HEADER.size
@@ -80,8 +87,6 @@ _WITH_PARAMS = frozenset({Result.SUCCESS, Result.SHORT_BUFFER})
 _FOR_CLIENTS = frozenset({RpcCommand.OCALL, RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE})
 """RPCs that the client may be asked whose call it is."""
 
-_OPENS = frozenset({Request.OPEN_CONTEXT, Request.OPEN_SESSION})
-
 _REPLY_ATTRIBUTES: dict[int, list[int]] = {
     RpcCommand.SHM_ALLOC: [ParamType.MEMREF_INOUT],
     RpcCommand.SHM_FREE: [],
@@ -89,6 +94,13 @@ _REPLY_ATTRIBUTES: dict[int, list[int]] = {
 """RPC command → its answer's attributes, where they are not those of the question."""
 
 _UNKNOWN_COMMAND = (RpcServer.SUPPLICANT, Result.NOT_SUPPORTED)
+
+_OPENED_BY = {
+    Request.ENCLAVE_DESTROY: Request.ENCLAVE_CREATE,
+    Request.ENCLAVE_RELEASE: Request.ENCLAVE_ACQUIRE,
+    Request.ENCLAVE_CALL: Request.ENCLAVE_ACQUIRE,
+}
+"""Request → which one gave the id that it takes."""
 
 _RESERVED = 16
 """Descriptors of a request queue that calls leave free, so that an RPC's answer can register memory."""
@@ -104,10 +116,11 @@ class GuestContext:
 
 @dataclass(slots=True, eq=False)
 class GuestSession:
-    """A session of the device."""
+    """A session of the device; or an enclave or server, by the request that gave its id."""
 
     context: GuestContext
     ident: int
+    opened_by: Request = Request.OPEN_SESSION
 
 
 @dataclass(slots=True, eq=False)
@@ -333,6 +346,7 @@ class VirtioTeeDriver:
         tail: bytes = b"",
         inline_in: bytes = b"",
         inline_out: int = 0,
+        entries: int = 0,
         answers: Rpc | None = None,
     ) -> None:
         raw = raw or []
@@ -347,15 +361,15 @@ class VirtioTeeDriver:
             tail=tail or (pack_raw(raw) if raw else b""),
         )
         readable = len(data) + len(inline_in)
-        room = response_size(REQUESTS[request], len(raw), inline_out)
+        room = response_size(REQUESTS[request], len(raw), inline_out, entries)
         buffer = self._buffers.take(readable + room)
         buffer.write(data + inline_in)
         flight = _InFlight(request, buffer, readable, room, call, context, session, tag, raw, answers)
         if call is not None:
             self._in_flight[tag] = flight
             self._by_call[call] = flight
-            if request in _OPENS:
-                self._opening[request] += 1
+            if request in TAKES:
+                self._opening[TAKES[request]] += 1
         if REQUESTS[request].queue is Queue.CONTROL:
             self._controls.append(flight)
         elif request in CALLS:
@@ -450,14 +464,14 @@ class VirtioTeeDriver:
         self._request(Request.OPEN_SESSION, body, call, context, raw=raw, inline_in=inline_in, inline_out=inline_out)
 
     def _close_session(self, call: CloseSession) -> None:
-        session = _session(call.session)
+        session = _plain_session(call.session)
         for flight in [f for f in self._calls if f.session is session]:
             self._drop(flight)
         body = _body(Request.CLOSE_SESSION, session=session.ident)
         self._request(Request.CLOSE_SESSION, body, call, session.context, session=session)
 
     def _invoke(self, call: Invoke) -> None:
-        session = _session(call.session)
+        session = _plain_session(call.session)
         raw, inline_in, inline_out = self._raw_params(call.params)
         body = _body(Request.INVOKE, session=session.ident, func=call.func, num_params=len(raw))
         self._request(
@@ -515,6 +529,39 @@ class VirtioTeeDriver:
         body = _body(Request.UNREGISTER_MEMORY, region=region.ident)
         self._request(Request.UNREGISTER_MEMORY, body, call, region.context)
 
+    def _service(self, call: ServiceCall) -> None:
+        about = SERVICE_REQUESTS[type(call)]
+        if REQUESTS[about.request].feature & ~self._features:
+            raise _RefusedError(Result.NOT_SUPPORTED)
+        if about.request in TAKES:
+            self._check_room(Request.OPEN_SESSION, len(self._sessions), self.config.limits.max_sessions)
+        context = _context(call.context)
+        fields = about.fields(call)
+        session = _session(getattr(call, about.handle)) if about.handle else None
+        if session is not None:
+            if session.context is not context or session.opened_by is not _OPENED_BY[about.request]:
+                raise _RefusedError(Result.BAD_PARAMETERS)
+            fields[about.handle] = session.ident
+        raw, inline_in, inline_out = self._raw_params(call.params)
+        if about.params:
+            fields["num_params"] = len(raw)
+        elif raw:
+            raise _RefusedError(Result.BAD_PARAMETERS)
+        if about.request in GIVES_BACK:
+            for flight in [f for f in self._calls if f.session is session]:
+                self._drop(flight)
+        self._request(
+            about.request,
+            _body(about.request, **fields),
+            call,
+            context,
+            session=session,
+            raw=raw,
+            inline_in=inline_in,
+            inline_out=inline_out,
+            entries=min(call.max_entries, MAX_LISTED) if isinstance(call, ListServices) else 0,
+        )
+
     _STARTERS: ClassVar[dict[type[Call], Callable[[Any, Any], None]]] = {
         OpenContext: _open_context,
         CloseContext: _close_context,
@@ -523,6 +570,7 @@ class VirtioTeeDriver:
         Invoke: _invoke,
         RegisterMemory: _register,
         UnregisterMemory: _unregister,
+        **dict.fromkeys(SERVICE_REQUESTS, _service),
     }
 
     # -- parameters
@@ -626,7 +674,7 @@ class VirtioTeeDriver:
             raise
         if isinstance(call, RegisterMemory) and call.memory.handle is None:
             self._unshare(call.memory)
-        elif flight.request == Request.CLOSE_SESSION and flight.session is not None:
+        elif flight.request in GIVES_BACK and flight.session is not None:
             self._sessions.discard(flight.session)
         elif flight.request == Request.CLOSE_CONTEXT and flight.context is not None:
             self._contexts.discard(flight.context)
@@ -642,7 +690,7 @@ class VirtioTeeDriver:
         header = RESPONSE_HEADER.unpack(data)
         done = Done(call, header.ret, header.origin, may_have_run=bool(header.flags & ResponseFlag.MAY_HAVE_RUN))
         if header.status == Status.OK:
-            if len(data) != flight.room:
+            if len(data) != flight.room and flight.request != Request.SERVICE_LIST:
                 raise ProtocolError(f"the device answered {flight.request.name} with {len(data)} bytes")
             self._FINISHERS[flight.request](self, flight, done, data)
         elif header.ret == Result.SUCCESS:
@@ -665,8 +713,8 @@ class VirtioTeeDriver:
         self._in_flight.pop(flight.tag, None)
         if flight.call is not None:
             self._by_call.pop(flight.call, None)
-            if flight.request in _OPENS:
-                self._opening[flight.request] -= 1
+            if flight.request in TAKES:
+                self._opening[TAKES[flight.request]] -= 1
             flight.call = None
 
     def _response_body(self, flight: _InFlight, data: bytes) -> Any:
@@ -686,6 +734,48 @@ class VirtioTeeDriver:
         if ident:
             done.value = context = GuestContext(ident, self.config.epoch)
             self._contexts.add(context)
+
+    def _service_listed(self, flight: _InFlight, done: Done, data: bytes) -> None:
+        response = REQUESTS[Request.SERVICE_LIST].response
+        assert response is not None
+        at = _RESPONSE_HEADER_SIZE + response.codec.size
+        if not at <= len(data) <= flight.room:
+            raise ProtocolError(f"the device answered {flight.request.name} with {len(data)} bytes")
+        body = response.codec.unpack(data, _RESPONSE_HEADER_SIZE)
+        if len(data) != at + body.count * ENTRY_SIZE or body.count > body.total:
+            raise ProtocolError(f"the device listed {body.count} of {body.total} services in {len(data)} bytes")
+        try:
+            entries = [Service.unpack(data[i : i + ENTRY_SIZE]) for i in range(at, len(data), ENTRY_SIZE)]
+        except ConstructError as e:
+            raise ProtocolError(f"the device listed a service that makes no sense: {e}") from None
+        done.value = ServiceList(body.total, entries)
+
+    def _service_loaded(self, flight: _InFlight, done: Done, data: bytes) -> None:
+        body = self._response_body(flight, data)
+        self._take_params(flight, done, data, _params_of(done), body.num_params)
+        if done.code == Result.SUCCESS:
+            done.value = Loaded(UUID(bytes=body.uuid), body.version)
+
+    def _service_run(self, flight: _InFlight, done: Done, data: bytes) -> None:
+        self._take_params(flight, done, data, _params_of(done), self._response_body(flight, data).num_params)
+
+    def _enclave_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
+        name = "enclave" if flight.request == Request.ENCLAVE_CREATE else "server"
+        ident = self._opened(flight, done, data, name)
+        if ident:
+            assert flight.context is not None
+            done.value = session = GuestSession(flight.context, ident, flight.request)
+            self._sessions.add(session)
+
+    def _enclave_called(self, flight: _InFlight, done: Done, data: bytes) -> None:
+        body = self._response_body(flight, data)
+        params = _params_of(done)
+        self._take_params(flight, done, data, params, body.num_params)
+        if done.code == Result.SUCCESS:
+            room = sum(raw[2] for raw in flight.raw)
+            if body.offset + body.size > room:
+                raise ProtocolError(f"the device returned {body.size} bytes at {body.offset} of {room}")
+            done.value = CallReturn(body.value, body.offset, body.size)
 
     def _session_opened(self, flight: _InFlight, done: Done, data: bytes) -> None:
         assert isinstance(done.call, OpenSession)
@@ -771,6 +861,16 @@ class VirtioTeeDriver:
         Request.REGISTER_MEMORY: _registered,
         Request.REGISTER_FFA: _registered,
         Request.UNREGISTER_MEMORY: _unregistered,
+        Request.SERVICE_LIST: _service_listed,
+        Request.SERVICE_LOAD: _service_loaded,
+        Request.SERVICE_REMOVE: _nothing,
+        Request.SERVICE_TASK: _service_run,
+        Request.SERVICE_ATTEST: _service_run,
+        Request.ENCLAVE_CREATE: _enclave_opened,
+        Request.ENCLAVE_DESTROY: _nothing,
+        Request.ENCLAVE_ACQUIRE: _enclave_opened,
+        Request.ENCLAVE_RELEASE: _nothing,
+        Request.ENCLAVE_CALL: _enclave_called,
     }
 
     # -- events
@@ -964,7 +1064,19 @@ def _context(handle: object) -> GuestContext:
     return handle
 
 
+def _params_of(done: Done) -> list[Param]:
+    assert isinstance(done.call, ServiceCall)
+    return done.call.params
+
+
 def _session(handle: object) -> GuestSession:
     if not isinstance(handle, GuestSession):
         raise _RefusedError(Result.BAD_PARAMETERS)
     return handle
+
+
+def _plain_session(handle: object) -> GuestSession:
+    session = _session(handle)
+    if session.opened_by is not Request.OPEN_SESSION:
+        raise _RefusedError(Result.BAD_PARAMETERS)
+    return session

@@ -11,7 +11,7 @@ from device.machines import LIFE, LifeAction, LifeEvent, LifeState
 from device.messages import CONFIG, EVENT_HEADER
 from device.requests import RESPONSE_HEADER_SIZE, refusal
 from device.wire import Event, Feature, Queue, ResponseFlag, Status, only_usable
-from host_backend.epoch import IMPLEMENTED_FEATURES, Epoch
+from host_backend.epoch import Epoch, features_of
 from host_backend.router import Router
 from host_backend.slots import Leased
 from host_backend.trace import Recorder
@@ -63,7 +63,7 @@ class TeeDevice(Device):
         tee = router.tee
         if ffa_vm is not None and not (isinstance(tee, TakesHandles) and tee.takes_handles_of(vm, ffa_vm)):
             raise ValueError(f"the TEE takes no memory that FF-A endpoint {ffa_vm:#x} shares for guest {vm}")
-        self.offered = IMPLEMENTED_FEATURES if ffa_vm is not None else IMPLEMENTED_FEATURES & ~Feature.FFA_HANDLE
+        self.offered = features_of(tee) if ffa_vm is not None else features_of(tee) & ~Feature.FFA_HANDLE
         self.features = int(self.offered)
         self.num_queues = Queue.REQUEST + request_queues
         self.router = router

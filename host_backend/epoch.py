@@ -16,7 +16,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from device.config import Limits
-from device.ids import IdTable, LimitReachedError
+from device.ids import IdTable
 from device.machines import CALL, CallAction, CallEvent, CallState
 from device.messages import CALLS, REQUEST_HEADER, REQUESTS
 from device.params import (
@@ -26,9 +26,7 @@ from device.params import (
     RawParam,
     RequestError,
     check_raw,
-    pack_raw,
     padded,
-    results,
     unpack_raw,
 )
 from device.requests import RESPONSE_HEADER_SIZE, ParsedRequest, pack_response, parse_request, refusal
@@ -44,6 +42,8 @@ from device.wire import (
     ResponseFlag,
     Status,
 )
+from host_backend import services
+from host_backend.answers import add, ids, outputs
 from host_backend.rpcs import GuestRpcs
 from host_backend.slots import Port, Slot
 from host_backend.tables import ContextEntry, Pending, RegionEntry, SessionEntry
@@ -61,10 +61,11 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import Begun, Done, GenCap, InvokesAtOnce, TeeDriver
+from tee.driver import Begun, Done, GenCap, InvokesAtOnce, OffersServices, TeeDriver
 from tee.memory import FfaShare, Memory, Range
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
+from tee.services import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -157,16 +158,18 @@ class Epoch:
             log.debug("vm %s: request refused with %s: %s", self.vm, e.status.name, e.why)
             return refusal(e.status)
 
-    def _context(self, request: ParsedRequest) -> ContextEntry:
+    def context_of(self, request: ParsedRequest) -> ContextEntry:
+        """The open context that a request names. Raises RequestError(NO_CONTEXT)."""
         context = self.contexts.get(request.context)
         if context is None or context.handle is None or context.closing:
             raise RequestError(Status.NO_CONTEXT, f"no context {request.context}")
         return context
 
-    def _session(self, context: ContextEntry, ident: int) -> SessionEntry:
+    def session_of(self, context: ContextEntry, ident: int, kind: type[SessionEntry] = SessionEntry) -> SessionEntry:
+        """The session, enclave or server (``kind``) of ``context``. Raises RequestError(NO_SESSION)."""
         session = self.sessions.get(ident)
-        if session is None or session.context is not context or session.handle is None or session.closing:
-            raise RequestError(Status.NO_SESSION, f"no session {ident} in context {context.ident}")
+        if type(session) is not kind or session.context is not context or session.handle is None or session.closing:
+            raise RequestError(Status.NO_SESSION, f"no {kind.what} {ident} in context {context.ident}")
         return session
 
     def region(self, ident: int, context: ContextEntry | None = None) -> RegionEntry:
@@ -178,13 +181,22 @@ class Epoch:
             raise RequestError(Status.NO_REGION, f"region {ident} is not of context {context.ident}")
         return region
 
-    def _admit(self, request: ParsedRequest) -> None:
+    def check_login(self, login: int) -> None:
+        """Raise RequestError(DENIED) for a login that cannot be carried to this TEE."""
+        if login == Login.REE_KERNEL:
+            raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
+        if self._logins is not None and login not in self._logins:
+            raise RequestError(Status.DENIED, f"login {login} cannot be carried to this TEE")
+
+    def admit(self, request: ParsedRequest) -> None:
+        """Raise RequestError where there may not be this request beside those in progress."""
         if request.tag in self.calls:
             raise RequestError(Status.DUPLICATE_TAG, f"tag {request.tag:#x} is in use")
         if request.type in CALLS and self.running >= self.limits.max_calls:
             raise RequestError(Status.LIMIT, f"{self.running} calls are in progress")
 
-    def _start(self, pending: Pending, call: Call, begun: Begun | None = None, at: int = 0) -> None:
+    def begin(self, pending: Pending, call: Call, begun: Begun | None = None, at: int = 0) -> None:
+        """The request is in progress from here on, as ``call``, which is started (or goes on, if it was ``begun``)."""
         pending.call = call
         self.calls[pending.request.tag] = pending
         self.running += pending.request.type in CALLS
@@ -204,26 +216,26 @@ class Epoch:
     def open_context(self, slot: Slot, request: ParsedRequest) -> None:
         if request.body.flags:
             raise RequestError(Status.MALFORMED, "unknown flags")
-        self._admit(request)
+        self.admit(request)
         context = ContextEntry()
-        context.ident = _add(self.contexts, context, "contexts")
+        context.ident = add(self.contexts, context, "contexts")
         pending = Pending(self, slot, request, context, Epoch._context_opened)
-        self._start(pending, OpenContext(owner=pending, vm=self.vm))
+        self.begin(pending, OpenContext(owner=pending, vm=self.vm))
 
     def _context_opened(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         if done.code != Result.SUCCESS:
             self.contexts.remove(pending.context.ident)
-            return (_ids(0),)
+            return (ids(0),)
         pending.context.handle = done.value
-        return (_ids(pending.context.ident),)
+        return (ids(pending.context.ident),)
 
     def close_context(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
-        self._admit(request)
+        context = self.context_of(request)
+        self.admit(request)
         context.closing = True
         self.rpcs.hurry(context=context)
         pending = Pending(self, slot, request, context, Epoch._context_closed)
-        self._start(pending, CloseContext(owner=pending, context=context.handle))
+        self.begin(pending, CloseContext(owner=pending, context=context.handle))
 
     def _context_closed(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         self._forget_context(pending.context)
@@ -239,16 +251,13 @@ class Epoch:
         self.contexts.remove(context.ident)
 
     def open_session(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
+        context = self.context_of(request)
         body = request.body
-        if body.client_login == Login.REE_KERNEL:
-            raise RequestError(Status.DENIED, "a guest's client cannot be the host's kernel")
-        if self._logins is not None and body.client_login not in self._logins:
-            raise RequestError(Status.DENIED, f"login {body.client_login} cannot be carried to this TEE")
-        params, regions = self._params(request.params, request.data, request.inline_at, context)
-        self._admit(request)
+        self.check_login(body.client_login)
+        params, regions = self.params_of(request.params, request.data, request.inline_at, context)
+        self.admit(request)
         session = SessionEntry(context)
-        session.ident = _add(self.sessions, session, "sessions")
+        session.ident = add(self.sessions, session, "sessions")
         pending = Pending(self, slot, request, context, Epoch._session_opened, session=session, regions=regions)
         # PUBLIC is nobody in particular
         octets = bytes(16) if body.client_login == Login.PUBLIC else body.client_uuid
@@ -256,7 +265,7 @@ class Epoch:
         call = OpenSession(
             owner=pending, context=context.handle, uuid=UUID(bytes=body.uuid), client=client, params=params
         )
-        self._start(pending, call)
+        self.begin(pending, call)
 
     def _session_opened(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         session = pending.session
@@ -266,17 +275,17 @@ class Epoch:
             session.handle = done.value
         elif session.ident in self.sessions:
             self.sessions.remove(session.ident)
-        head = _ids(session.ident if done.code == Result.SUCCESS else 0, len(pending.request.params))
-        return (head, *_outputs(pending.request.params, pending.call.params, done.code))
+        head = ids(session.ident if done.code == Result.SUCCESS else 0, len(pending.request.params))
+        return (head, *outputs(pending.request.params, pending.call.params, done.code))
 
     def close_session(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
-        session = self._session(context, request.body.session)
-        self._admit(request)
+        context = self.context_of(request)
+        session = self.session_of(context, request.body.session)
+        self.admit(request)
         session.closing = True
         self.rpcs.hurry(session=session)
         pending = Pending(self, slot, request, context, Epoch._session_closed, session=session)
-        self._start(pending, CloseSession(owner=pending, session=session.handle))
+        self.begin(pending, CloseSession(owner=pending, session=session.handle))
 
     def _session_closed(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert pending.session is not None
@@ -285,13 +294,13 @@ class Epoch:
         return ()
 
     def invoke(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
+        context = self.context_of(request)
         body = request.body
-        session = self._session(context, body.session)
-        params, regions = self._params(request.params, request.data, request.inline_at, context)
-        self._admit(request)
+        session = self.session_of(context, body.session)
+        params, regions = self.params_of(request.params, request.data, request.inline_at, context)
+        self.admit(request)
         pending = Pending(self, slot, request, context, Epoch._invoked, session=session, regions=regions)
-        self._start(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
+        self.begin(pending, Invoke(owner=pending, session=session.handle, func=body.func, params=params))
 
     def invoke_at_once(self, data: bytes, room: int) -> bytes | Unfinished | None:
         """The response to a request from a request queue, an INVOKE that could be run at once, or what is still to be
@@ -340,7 +349,7 @@ class Epoch:
                 or room < _BARE_RESPONSE + count * PARAM_SIZE + inline_out
             ):
                 return None
-            params, regions = self._params(given, data, end, context)
+            params, regions = self.params_of(given, data, end, context)
         except RequestError:
             return None
         outcome = at_once(session.handle, func, params)
@@ -358,14 +367,14 @@ class Epoch:
             self, slot, request, session.context, Epoch._invoked, session=session, regions=unfinished.regions
         )
         call = Invoke(owner=pending, session=session.handle, func=request.body.func, params=unfinished.params)
-        self._start(pending, call, unfinished.begun, unfinished.at)
+        self.begin(pending, call, unfinished.begun, unfinished.at)
 
     def _invoked(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         assert isinstance(pending.call, Invoke)
         return _invoke_tail(pending.request.params, pending.call.params, done.code)
 
     def register_memory(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
+        context = self.context_of(request)
         body = request.body
         if body.flags & ~int(RegionFlag.READ_ONLY):
             raise RequestError(Status.MALFORMED, "unknown flags")
@@ -374,7 +383,7 @@ class Epoch:
             raise RequestError(Status.MALFORMED, "the ranges' lengths do not add up to the size")
         if self.region_bytes + body.size > self.limits.max_region_bytes:
             raise RequestError(Status.LIMIT, f"more than {self.limits.max_region_bytes} bytes in regions")
-        self._admit(request)
+        self.admit(request)
         try:
             views, lease = self.port.views(ranges)
         except MemoryFault as e:
@@ -382,32 +391,32 @@ class Epoch:
         memory = Memory(views, ranges=[Range(*r) for r in ranges], read_only=bool(body.flags & RegionFlag.READ_ONLY))
         region = RegionEntry(context, memory, lease, version=self.port.memory_version)
         try:
-            region.ident = _add(self.regions, region, "regions")
+            region.ident = add(self.regions, region, "regions")
         except RequestError:
             region.release()
             raise
         self._register(slot, request, region)
 
     def register_ffa(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
+        context = self.context_of(request)
         body = request.body
         if body.flags & ~int(RegionFlag.READ_ONLY):
             raise RequestError(Status.MALFORMED, "unknown flags")
         if not body.size:
             raise RequestError(Status.BAD_RANGE, "a region without bytes")
-        self._admit(request)
+        self.admit(request)
         assert self.ffa_vm is not None, "otherwise the feature is not offered"
         share = FfaShare(body.handle, body.tag, self.ffa_vm)
         memory = Memory(size=body.size, read_only=bool(body.flags & RegionFlag.READ_ONLY), ffa=share)
         region = RegionEntry(context, memory, None)
-        region.ident = _add(self.regions, region, "regions")
+        region.ident = add(self.regions, region, "regions")
         self._register(slot, request, region)
 
     def _register(self, slot: Slot, request: ParsedRequest, region: RegionEntry) -> None:
         self.region_bytes += region.bytes
         self.by_memory[id(region.memory)] = region
         pending = Pending(self, slot, request, region.context, Epoch._registered, regions=[region])
-        self._start(pending, RegisterMemory(owner=pending, context=region.context.handle, memory=region.memory))
+        self.begin(pending, RegisterMemory(owner=pending, context=region.context.handle, memory=region.memory))
 
     def _registered(self, pending: Pending, done: Done) -> tuple[bytes, ...]:
         region = pending.regions[0]
@@ -415,14 +424,14 @@ class Epoch:
             if region.memory.ffa is not None:
                 pending.status = _HANDLE_REFUSED.get(done.code, Status.OK)
             self._forget_region(region)
-            return (_ids(0),)
+            return (ids(0),)
         region.ready = True
-        return (_ids(region.ident),)
+        return (ids(region.ident),)
 
     def unregister_memory(self, slot: Slot, request: ParsedRequest) -> None:
-        context = self._context(request)
+        context = self.context_of(request)
         region = self.region(request.body.region, context)
-        self._admit(request)
+        self.admit(request)
         pending = Pending(self, slot, request, context, Epoch._unregistered)
         pending.call = UnregisterMemory(owner=pending, context=context.handle, memory=region.memory)
         self.calls[request.tag] = pending
@@ -459,8 +468,8 @@ class Epoch:
         return ()
 
     def cancel(self, slot: Slot, request: ParsedRequest) -> bytes | None:
-        context = self._context(request)
-        self._admit(request)
+        context = self.context_of(request)
+        self.admit(request)
         target = self.calls.get(request.body.tag)
         if target is None:
             # the request to cancel may lie in a ring that has not been looked at since
@@ -518,18 +527,18 @@ class Epoch:
         return pack_response()
 
     def rpc_reply(self, slot: Slot, request: ParsedRequest) -> bytes:
-        self._admit(request)
+        self.admit(request)
         self.rpcs.reply(request)
         return self._answered(request)
 
     def rpc_withdrawn_ack(self, slot: Slot, request: ParsedRequest) -> bytes:
-        self._admit(request)
+        self.admit(request)
         self.rpcs.acknowledge(request)
         return self._answered(request)
 
     # -- parameters
 
-    def _params(
+    def params_of(
         self, given: list[RawParam], data: bytes, at: int, context: ContextEntry
     ) -> tuple[list[Param], list[RegionEntry]]:
         """The parameters as the TEE takes them, with inline memory from ``data[at:]``, and the regions that they use.
@@ -610,6 +619,8 @@ class Epoch:
             if isinstance(done.call, OpenContext) and done.code == Result.SUCCESS:
                 self._close_for_good(pending.context)
             return
+        if isinstance(done.value, Refusal):
+            pending.status = services.STATUSES[done.value]
         status = Status.ABANDONED if done.may_have_run else pending.status
         if self.trace is not None:
             self.trace.response(self.vm, pending.request.type, pending.request.tag, status, done.code)
@@ -721,6 +732,8 @@ class Epoch:
     def _drained(self) -> None:
         if self.ended and not self._over and not self.calls and not self._closing:
             self._over = True
+            if isinstance(self.tee, OffersServices):
+                self.tee.forget_machine(self.vm)
             for region in self.regions:  # there is none, unless we have failed
                 self._forget_region(region)
             self._on_drained(self)
@@ -788,11 +801,14 @@ HANDLERS: dict[int, Callable[[Epoch, Slot, ParsedRequest], bytes | None]] = {
     Request.CANCEL: Epoch.cancel,
     Request.RPC_REPLY: Epoch.rpc_reply,
     Request.RPC_WITHDRAWN_ACK: Epoch.rpc_withdrawn_ack,
+    **services.HANDLERS,
 }
 """Request type → what serves it, and returns the response if there is one by then. Types that are not here belong to
 features that this backend does not offer."""
 
-IMPLEMENTED_FEATURES = Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE
+IMPLEMENTED_FEATURES = (
+    Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION | Feature.FFA_HANDLE
+) | services.FEATURES
 """FFA_HANDLE is offered to guests whose FF-A endpoint the operator has named, by a TEE that knows it."""
 
 _HANDLE_REFUSED: dict[int, Status] = {
@@ -804,18 +820,12 @@ _HANDLE_REFUSED: dict[int, Status] = {
 """What the TEE says of a handle → the status that it means."""
 
 
-def _add(table: IdTable[T], entry: T, what: str) -> int:
-    try:
-        return table.add(entry)
-    except LimitReachedError:
-        raise RequestError(Status.LIMIT, f"more than {table.limit} {what}") from None
+def features_of(tee: TeeDriver) -> Feature:
+    """What a device before this TEE offers."""
+    return IMPLEMENTED_FEATURES if isinstance(tee, OffersServices) else IMPLEMENTED_FEATURES & ~services.FEATURES
 
 
-def _ids(first: int, second: int = 0) -> bytes:
-    return first.to_bytes(4, "little") + second.to_bytes(4, "little")
-
-
-_NO_PARAMS = _ids(0)
+_NO_PARAMS = ids(0)
 
 INVOKE_HEAD = struct.Struct(
     (REQUEST_HEADER.raw.format + REQUESTS[Request.INVOKE].body.codec.raw.format[1:]).replace("4s", "I")
@@ -844,25 +854,13 @@ def _bare_response(code: int, origin: int) -> bytes:
 
 def _invoke_tail(given: list[RawParam], params: list[Param], code: int) -> tuple[bytes, ...]:
     """An INVOKE's response after its header."""
-    return (_ids(len(given)), *_outputs(given, params, code)) if given else (_NO_PARAMS,)
+    return (ids(len(given)), *outputs(given, params, code)) if given else (_NO_PARAMS,)
 
 
 def _inline(direction: Direction, data: bytes, at: int, size: int) -> Memory:
     if direction is Direction.IN:
         return Memory((memoryview(data)[at : at + size],), read_only=True)
     return Memory.of(bytearray(data[at : at + size]) if direction is Direction.INOUT else bytearray(size))
-
-
-def _outputs(given: list[RawParam], params: list[Param], code: int) -> list[bytes]:
-    """The tail of a response: the parameters with their outputs, then inline memory."""
-    parts = [pack_raw(results(given, params, code))]
-    for (attr, _, capacity, _), param in zip(given, params, strict=True):
-        if attr & PARAM_INLINE and type(param) is MemRef and param.direction is not _IN:
-            assert param.memory is not None
-            short = code == Result.SHORT_BUFFER and param.size > capacity
-            parts.append(bytes(capacity) if short else bytes(param.memory.segments[0]))
-            parts.append(bytes(padded(capacity) - capacity))
-    return parts
 
 
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

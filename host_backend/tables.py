@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from device.machines import CallState
 from device.requests import ParsedRequest
@@ -33,10 +33,25 @@ class ContextEntry:
 class SessionEntry:
     """A session. ``handle`` is the TEE's, None while it is being opened."""
 
+    what: ClassVar[str] = "session"
     context: ContextEntry
     ident: int = 0
     handle: object = None
     closing: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class EnclaveEntry(SessionEntry):
+    """A server enclave, for the context that created it."""
+
+    what: ClassVar[str] = "enclave"
+
+
+@dataclass(slots=True, eq=False)
+class ServerEntry(SessionEntry):
+    """A server enclave, for a context that acquired it."""
+
+    what: ClassVar[str] = "server"
 
 
 @dataclass(slots=True, eq=False)

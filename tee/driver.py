@@ -179,3 +179,11 @@ class InvokesAtOnce(Protocol):
         to be called before anything else of the driver; or None where it cannot begin now (others have their turn, or
         it is to be refused): nothing has happened then, and ``start`` does it. In any case ``run`` is due.
         """
+
+
+@runtime_checkable
+class OffersServices(Protocol):
+    """What a driver can offer besides: services and server enclaves, by the calls of :mod:`tee.services`."""
+
+    def forget_machine(self, vm: str) -> None:
+        """All contexts of the machine ``vm`` have closed, and it is gone or begins anew: what it had installed goes."""

@@ -50,12 +50,17 @@ __all__ = [
     "Package",
     "VerifiedTa",
     "algorithm_named",
+    "default_algorithm",
+    "key_id",
     "keygen",
     "load_private_key",
     "load_public_key",
     "parse",
     "sign",
+    "sign_digest",
+    "signature_size",
     "verify",
+    "verify_digest",
 ]
 
 MAGIC = 0x4F545348
@@ -135,6 +140,7 @@ class VerifiedTa:
     payload: bytes
     algorithm: Algorithm
     key_number: int
+    digest: bytes  #: the hash in the package's header
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +229,7 @@ def verify(
             continue
         tried += 1
         if check(key, package.signature, package.digest):
-            return VerifiedTa(package.uuid, package.version, package.payload, package.algorithm, number)
+            return VerifiedTa(package.uuid, package.version, package.payload, package.algorithm, number, package.digest)
     if not tried:
         raise _insecure(f"none of the trusted keys fits a signature by {package.algorithm.name}")
     raise _insecure("no trusted key made the signature")
@@ -243,7 +249,7 @@ def sign(
     private = load_private_key(key)
     kind = _kind(private)
     if algorithm is None:
-        algorithm = DEFAULT_ALGORITHM if kind == "rsa" else next(a for a in ALGORITHMS.values() if a.key == kind)
+        algorithm = default_algorithm(private)
     if algorithm.key != kind:
         raise ValueError(f"{algorithm.name} needs a key of kind {algorithm.key}, this one is {kind}")
     if not 0 < len(payload) < 1 << 32:
@@ -311,6 +317,38 @@ def load_private_key(key: bytes | PrivateKey) -> PrivateKey:
         key = serialization.load_pem_private_key(key, password=None)  # type: ignore[assignment]
     _accept(key)
     return key  # type: ignore[return-value]
+
+
+def default_algorithm(key: PrivateKey) -> Algorithm:
+    """What ``key`` signs with unless told otherwise (RSA: PSS)."""
+    kind = _kind(key)
+    return DEFAULT_ALGORITHM if kind == "rsa" else next(a for a in ALGORITHMS.values() if a.key == kind)
+
+
+def signature_size(key: PrivateKey | PublicKey) -> int:
+    """Bytes of a signature by ``key``."""
+    return _signature_size(key)
+
+
+def key_id(key: PrivateKey | PublicKey) -> bytes:
+    """SHA-256 of the public key (DER, SubjectPublicKeyInfo)."""
+    from cryptography.hazmat.primitives import serialization
+
+    public: Any = key.public_key() if hasattr(key, "public_key") else key
+    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return sha256(der).digest()
+
+
+def sign_digest(key: PrivateKey, algorithm: Algorithm, digest: bytes) -> bytes:
+    """The signature of a SHA-256 ``digest``."""
+    return _SIGN[algorithm.name](key, digest)
+
+
+def verify_digest(key: PublicKey, algorithm: Algorithm, signature: bytes, digest: bytes) -> bool:
+    """Whether ``key`` made this signature of a SHA-256 ``digest``."""
+    if _kind(key) != algorithm.key or len(signature) != _signature_size(key):
+        return False
+    return _VERIFY[algorithm.name](key, signature, digest)
 
 
 def _accept(key: object) -> None:

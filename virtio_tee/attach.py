@@ -31,7 +31,7 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-SCENARIOS = ("main", "ocall", "grpc")
+SCENARIOS = ("main", "ocall", "grpc", "services", "enclaves")
 
 
 def scenario_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -136,7 +136,7 @@ def _on_device(name: str, address: str | None, folders: tuple[Path, ...]) -> Out
     supplicant = supplicant_of(_services(folders))
     with closing(supplicant), closing(open_driver(None, address)) as driver:
         with TeeRuntime(driver, supplicant, report.observe) as runtime:
-            scenario.run(scenario.SCENARIOS[name], runtime, report)
+            scenario.run(scenario.job_of(name, ta_folders(folders)), runtime, report)
         kind = driver.info.kind
     seen = report.as_json()
     return Outcome(
@@ -165,7 +165,7 @@ def _on_linux(name: str, path: Path, folders: tuple[Path, ...]) -> Outcome:
     with closing(driver), closing(supplicant_of(_services(folders))) as supplicant:
         linux_tee.serve_beside(path, supplicant, rpcs.append)
         with TeeRuntime(driver, None, report.observe) as runtime:
-            scenario.run(scenario.SCENARIOS[name], runtime, report)
+            scenario.run(scenario.job_of(name, ta_folders(folders)), runtime, report)
     return Outcome(
         why=report.why,
         elapsed_s=time.monotonic() - start,
@@ -204,7 +204,12 @@ def _over_ffa(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:
     for ta in without:
         (tas / f"{UUIDS[ta]}.ta").unlink(missing_ok=True)
     outcome, report = Outcome(path="ffa"), Report()
-    tee = SoftTee(clock=time.monotonic, random=secrets.token_bytes, keys=[public_key(folder / "vendor.pem")])
+    tee = SoftTee(
+        clock=time.monotonic,
+        random=secrets.token_bytes,
+        keys=[public_key(folder / "vendor.pem")],
+        attestation_key=(folder / "attester.key").read_bytes(),
+    )
     try:
         driver = ffa_driver(tee)
     except TeeError as e:
@@ -215,7 +220,7 @@ def _over_ffa(name: str, folder: Path, without: tuple[str, ...]) -> Outcome:
         closing(driver),
         TeeRuntime(driver, supplicant, report.observe) as runtime,
     ):
-        scenario.run(scenario.SCENARIOS[name], runtime, report)
+        scenario.run(scenario.job_of(name, [tas]), runtime, report)
     outcome.why = report.why and report.why + _missing_tas(tas, without)
     outcome.steps = report.as_json()["steps"]
     outcome.requests = from_events(report.events, "start", "done")
@@ -244,6 +249,7 @@ def _two_processes(name: str, folder: Path, without: tuple[str, ...], kind: str)
                 str(socket),
                 "--ta-key",
                 str(folder / "vendor.pem"),
+                *(("--attestation-key", str(folder / "attester.key")) if kind == "soft" else ()),
                 *_SERVE,
                 str(trace),
             ],
@@ -312,6 +318,7 @@ def _prepare(folder: Path) -> Path:
 
     tas = folder / "guest" / "optee_armtz"
     private, public = (folder / name for name in KEYS)
+    attester, trusted = folder / "attester.key", tas / "attester.pem"
     kept = [path for path in (private, public, *sorted(tas.glob("*.ta"))) if path.exists()]
     missing = [path.name for path in (private, public) if not path.exists()]
     if not kept:
@@ -327,6 +334,11 @@ def _prepare(folder: Path) -> Path:
             f"--folder {folder} has {kept[0].relative_to(folder)}, but no {' and no '.join(missing)}: "
             "put back what is missing, or name an empty folder to have all made anew"
         )
+    if not (attester.exists() and trusted.exists()):
+        pair = package.keygen(package.algorithm_named("ecdsa-p256-sha256"))
+        attester.touch(0o600)
+        attester.write_bytes(pair.private)
+        trusted.write_bytes(pair.public)
     return tas
 
 

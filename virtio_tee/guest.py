@@ -77,7 +77,7 @@ def demo(socket: str | None, pci: str | None, tee: str | None, services: Service
     supplicant = supplicant_of(services)
     driver = open_any(socket, pci, tee)
     with closing(supplicant), TeeRuntime(driver, supplicant, report.observe) as runtime:
-        scenario.run(scenario.SCENARIOS[name], runtime, report)
+        scenario.run(scenario.job_of(name, services.ta_folders), runtime, report)
     driver.close()
     if as_json:
         click.echo(json.dumps(report.as_json()))

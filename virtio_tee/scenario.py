@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from guest_driver.client import Context, TempInOut, TempOut, ValueIn, ValueInOut
 from tee.io.runtime import TeeRuntime
@@ -12,6 +12,7 @@ from tee.results import TeeError
 from tee.soft.examples import UUIDS
 from virtio_tee.report import CheckError, Report, check
 from virtio_tee.scenario_ocalls import grpc_job, ocall_job
+from virtio_tee.scenario_services import Files, enclaves_job, files_in, services_job
 
 REGISTERED_BYTES = 1 << 20
 XOR, PAGE = 2, 4096
@@ -55,8 +56,23 @@ SCENARIOS: dict[str, Callable[[TeeRuntime, Report], None]] = {
 }
 """By name."""
 
+WITH_FILES: dict[str, Callable[[TeeRuntime, Report, Files], None]] = {
+    "services": services_job,
+    "enclaves": enclaves_job,
+}
+"""Those that take packages from the guest's folder."""
+
+
+def job_of(name: str, folders: Sequence[str | Path]) -> Callable[[TeeRuntime, Report], None]:
+    """The scenario of this name, for a guest whose TAs lie in ``folders``."""
+    if name in SCENARIOS:
+        return SCENARIOS[name]
+    return lambda runtime, report: WITH_FILES[name](runtime, report, files_in(folders))
+
 
 def run(job: Callable[[TeeRuntime, Report], None], runtime: TeeRuntime, report: Report) -> None:
     """Run a scenario; what goes wrong stands in the report."""
-    with suppress(TeeError, CheckError):  # the step that failed has noted it
+    try:
         job(runtime, report)
+    except (TeeError, CheckError) as e:
+        report.why = report.why or str(e)  # mostly the step that failed has noted it

@@ -122,6 +122,21 @@ def _print_capabilities(ctx: click.Context, param: click.Parameter, value: bool)
     "store is lost when this process ends.",
 )
 @click.option(
+    "--attestation-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Private key (PEM) with which the soft TEE signs statements about its services. Without it, a random key that "
+    "nobody can know: statements then prove nothing.",
+)
+@click.option(
+    "--share-enclaves",
+    "shared",
+    multiple=True,
+    metavar="NAMES:SHARERS:USERS",
+    help="Server enclaves of these names may be shared by these guests (--vm) for those; each a pattern like clock-*. "
+    "Give it again for more. Default: no guest sees another's.",
+)
+@click.option(
     "--longest-call",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
@@ -171,6 +186,8 @@ def serve(
     built_in_tas: bool,
     threads: int,
     storage_key: Path | None,
+    attestation_key: Path | None,
+    shared: tuple[str, ...],
     longest_call: float | None,
     request_queues: int,
     spin_us: int,
@@ -234,7 +251,7 @@ def serve(
     try:
         recorder = Trace(trace.open("w")) if trace is not None else None
         if device is None:
-            tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, longest_call)
+            tee = _soft(keys, ta_folders, threads, built_in_tas, storage_key, attestation_key, shared, longest_call)
             if kind == "ffa":
                 tee = _over_ffa(tee, dict(zip(names, owners, strict=True)))
         else:
@@ -260,7 +277,16 @@ def serve(
 
 _ONLY = {
     True: ("tee_threads", "no_zero_copy", "copy_mib", "host_logins", "broker"),
-    False: ("keys", "ta_folders", "built_in_tas", "threads", "storage_key", "longest_call"),
+    False: (
+        "keys",
+        "ta_folders",
+        "built_in_tas",
+        "threads",
+        "storage_key",
+        "attestation_key",
+        "shared",
+        "longest_call",
+    ),
 }
 """Options that are wrong with the software TEE, however it is reached, and with others: these are what it is itself set
 up for."""
@@ -304,6 +330,8 @@ def _soft(
     threads: int,
     built_in_tas: bool,
     storage_key: Path | None,
+    attestation_key: Path | None,
+    shared: tuple[str, ...],
     longest_call: float | None,
 ) -> TeeDriver:
     import logging
@@ -313,7 +341,11 @@ def _soft(
     from tee.io.services.ta_loader import MAX_TA_SIZE, TaLoader
     from tee.io.workers import WorkerThreads
     from tee.soft.driver import SoftTee
+    from tee.soft.enclaves import EnclavePolicy, SharedNames
 
+    rules = [rule.split(":") for rule in shared]
+    if any(len(rule) != 3 for rule in rules):
+        raise click.UsageError("--share-enclaves takes three patterns, NAMES:SHARERS:USERS")
     log = logging.getLogger("tee.soft").warning
     built_in = None
     if built_in_tas:
@@ -331,6 +363,8 @@ def _soft(
             longest_call=longest_call,
             host_tas=TaLoader(ta_folders, MAX_TA_SIZE, log).read if ta_folders else None,
             workers=WorkerThreads(),
+            attestation_key=attestation_key.read_bytes() if attestation_key is not None else None,
+            enclaves=EnclavePolicy(shared=[SharedNames(*rule) for rule in rules]),
             log=log,
         )
     except ValueError as e:  # a key that is none

@@ -72,7 +72,7 @@ from tee.calls import (
     RegisterMemory,
     UnregisterMemory,
 )
-from tee.driver import AtOnce, Done, Event, InvokesAtOnce, Notification, RpcWithdrawn, TeeDriver
+from tee.driver import AtOnce, Done, Event, InvokesAtOnce, Notification, OffersServices, RpcWithdrawn, TeeDriver
 from tee.memory import FfaShare, Memory
 from tee.params import Direction, MemRef, Nothing, Param, Value
 from tee.results import Origin, Result
@@ -173,6 +173,8 @@ class OpteePartition(Endpoint):
     def _let_go(self, guest: Guest) -> None:
         for shm in list(guest.shms.values()):
             self._relinquish(guest, shm)
+        if isinstance(self.tee, OffersServices):
+            self.tee.forget_machine(f"vm{guest.vm}")
         self._leaving.discard(guest)
 
     def _created(self, vm: int) -> int:

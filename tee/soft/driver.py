@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from tee import package
+from tee import attestation, package
 from tee.calls import (
     Call,
     Client,
@@ -28,15 +28,31 @@ from tee.memory import Memory
 from tee.params import Param
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
+from tee.services import (
+    NONCE_SIZE,
+    SERVICES_UUID,
+    CallReturn,
+    Loaded,
+    Refusal,
+    RefusedError,
+    ServiceCall,
+    ServiceFlag,
+    ServiceList,
+)
+from tee.services import Service as ListedService
+from tee.soft.desk import CANCELLABLE, SERVED, Desk
+from tee.soft.enclaves import Enclave, EnclavePolicy, Enclaves, Server, innermost, lineage
 from tee.soft.entities import Context, Instance, Program, Registration, Session, Visit
 from tee.soft.grpc import GenericRpc
 from tee.soft.inbox import Inbox
+from tee.soft.inside import inside
 from tee.soft.limits import SoftLimits
 from tee.soft.loader import Loader
 from tee.soft.ocalls import Ocalls
 from tee.soft.outside import Borrowed, Outside
 from tee.soft.params import Pairs, admit, bring_back, check_sizes, let_go, pass_on, registration_of, write_back
 from tee.soft.scheduler import Park, Rare, Scheduler, Task, Wait, suspend
+from tee.soft.services import Services, measured
 from tee.soft.states import (
     CONTEXT,
     INSTANCE,
@@ -50,7 +66,7 @@ from tee.soft.states import (
     SessionState,
 )
 from tee.soft.storage import Storage, Vault
-from tee.soft.ta import Environment, Parameters, TaParam, TrustedApplication, properties_of
+from tee.soft.ta import Environment, MemoryReference, Parameters, TaParam, TrustedApplication, properties_of
 from tee.soft.workers import Workers
 
 #: How many calls to begin and coroutines to step in one :meth:`SoftTee.run`.
@@ -85,6 +101,9 @@ class SoftTee:
         none, or nobody answers for it
     :param workers: for work that cannot be cut into steps (TAs' ``env.work``, and ``host_tas``); none: it is done at
         once, and all else waits
+    :param attestation_key: the private key (PEM, or an object of ``cryptography``) that signs statements about
+        services; none: one that is made when it is first needed, and thrown away
+    :param enclaves: who may create, share and acquire server enclaves; none: each machine has its own
     :param log: takes lines for whoever operates the TEE: panics, refused packages, what TAs log
     """
 
@@ -102,26 +121,32 @@ class SoftTee:
         storage_key: bytes | None = None,
         host_tas: Callable[[UUID], bytes | None] | None = None,
         workers: Workers | None = None,
+        attestation_key: bytes | package.PrivateKey | None = None,
+        enclaves: EnclavePolicy | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._clock = clock
         self._random = random
         self._log = log if log is not None else _no_log
-        self._limits = limits if limits is not None else SoftLimits()
+        self.limits = limits if limits is not None else SoftLimits()
         outside = Outside(self._new_use, self._end_use)
         self._host_tas = host_tas
         self._workers = workers
         self._working = 0  # pieces of work that the workers have
         self._ocalls = Ocalls(outside)
         self._loader = Loader(keys, max_ta_size, outside, self._on_host)
-        built_in = {GenericRpc.uuid: GenericRpc, **(built_in or {})}
+        desk = type("ServicesDesk", (Desk,), {"tee": self})
+        built_in = {**(built_in or {}), GenericRpc.uuid: GenericRpc, SERVICES_UUID: desk}
         self._built_in = {u: Program(u, ta, ta.version) for u, ta in built_in.items()}
+        self._services = Services(keys, max_ta_size, self.limits, self._built_in)
+        self.enclaves = Enclaves(self, enclaves if enclaves is not None else EnclavePolicy(), self.limits.enclaves)
+        self._attestation_key = package.load_private_key(attestation_key) if attestation_key is not None else None
         self._inbox = Inbox()
         self._started = self._inbox.lines  # whether there are any is asked often
         self._outbox: deque[Event] = deque()
         self._calls: dict[Call, Task | None] = {}
         self._cancelled: set[Call] = set()
-        self._singles: dict[UUID, Instance] = {}
+        self._singles: dict[UUID | Program, Instance] = {}  # of installed services each has its own
         self._contexts: set[Context] = set()
         self._instances: set[Instance] = set()
         self._instances_of: dict[str, int] = {}  # how many of them, by machine
@@ -139,7 +164,7 @@ class SoftTee:
         self._vault = Vault(
             storage_key if storage_key is not None else secrets.token_bytes(32),
             random=random,
-            limits=self._limits,
+            limits=self.limits,
             outside=outside,
             scheduler=self._scheduler,
         )
@@ -151,6 +176,7 @@ class SoftTee:
             Invoke: self._invoke,
             RegisterMemory: self._register,
             UnregisterMemory: self._unregister,
+            **dict.fromkeys(SERVED, self._serve),
         }
 
     # The contract.
@@ -266,7 +292,7 @@ class SoftTee:
         task = self._calls[call]
         if task is not None:
             self._scheduler.cancel(task)
-        elif type(call) is Invoke or type(call) is OpenSession:
+        elif type(call) is Invoke or type(call) is OpenSession or type(call) in CANCELLABLE:
             self._cancelled.add(call)
 
     def answer(self, rpc: Rpc, reply: RpcReply) -> None:
@@ -324,6 +350,8 @@ class SoftTee:
             "instances": len(self._instances),
             "registrations": sum(len(context.registrations) for context in self._contexts),
             "rpcs": len(self._scheduler.rpcs),
+            "services": self._services.count(),
+            "enclaves": self.enclaves.count(),
             "threads_busy": self._scheduler.threads - self._scheduler.free,
         }
 
@@ -364,7 +392,7 @@ class SoftTee:
             raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "a session of another TEE")
         return session
 
-    def _task(self, call: OpenSession | Invoke, context: Context) -> Task:
+    def _task(self, call: OpenSession | Invoke | ServiceCall, context: Context) -> Task:
         """The task of a call with parameters, which are checked; from here on their memory is in use."""
         seen, pairs, leases = admit(call.params, context)
         task = Task(call, context)
@@ -393,19 +421,22 @@ class SoftTee:
     def _outcome(self, task: Task, error: BaseException | None) -> tuple[int, int]:
         """What came of ``task``, as code and origin: the TA's results, error or panic, or this TEE's own error."""
         if task.rare is not None:
-            self._end_visits(task.rare)
+            self.end_visits(task.rare)
             self._ocalls.end(task)
         if not task.entered:
             if isinstance(error, TeeError):
                 return error.code, error.origin
             return Result.GENERIC, Origin.TEE
         code: int = Result.SUCCESS
+        origin: int = Origin.TRUSTED_APP
         if error is None or isinstance(error, TeeError):
             pairs = task.pairs
             if error is not None:
                 code = _own_code(error)
+                if task.instance.concurrent:  # it is the TEE itself
+                    origin = error.origin
             if not pairs:
-                return code, Origin.TRUSTED_APP
+                return code, origin
             try:
                 if error is None:
                     check_sizes(pairs)
@@ -414,12 +445,19 @@ class SoftTee:
                 error = nonsense
             else:
                 let_go(pairs)
-                return code, Origin.TRUSTED_APP
+                return code, origin
         let_go(task.pairs)
         self._panic(task.instance, task, error)
         return Result.TARGET_DEAD, Origin.TEE
 
     def _panic(self, instance: Instance, task: Task, error: BaseException | None) -> None:
+        if instance.concurrent:  # one call of many: the others go on
+            self._log(f"a call in TA {instance.program.uuid} was ended: {error!r}")
+        else:
+            self.panic(instance, task, error)
+
+    def panic(self, instance: Instance, task: Task, error: BaseException | None) -> None:
+        """A TA has done what it must not: its instance and all its sessions are dead."""
         if (instance.state, InstanceEvent.PANIC) in INSTANCE:  # else it is dead or gone already
             self._log(f"TA {instance.program.uuid} panicked: {error!r}")
             self._move_instance(instance, InstanceEvent.PANIC, task.context)
@@ -531,9 +569,10 @@ class SoftTee:
         if task.cancelled or task.forced:
             self._end_task(task, Result.CANCEL)
             return
-        instance = self._singles.get(call.uuid)
+        installed = self._services.installed(task.context.vm, call.uuid)
+        instance = self._singles.get(installed or call.uuid)
         if instance is None:
-            program = task.program or self._built_in.get(call.uuid)
+            program = installed or task.program or self._built_in.get(call.uuid)
             try:
                 self._check_room(program, task.context.vm)
                 if program is not None:
@@ -578,7 +617,7 @@ class SoftTee:
 
     def _check_room(self, program: Program | None, vm: str) -> None:
         """OUT_OF_MEMORY unless there may be one more instance: of ``program``, or of one that is to be loaded."""
-        limits = self._limits
+        limits = self.limits
         why = ""
         if len(self._instances) >= limits.instances or self._instances_of.get(vm, 0) >= limits.instances_per_vm:
             why = "there are too many instances"
@@ -591,8 +630,14 @@ class SoftTee:
         if why:
             raise TeeError(Result.OUT_OF_MEMORY, Origin.TEE, why)
 
-    def _new_instance(self, program: Program, context: Context) -> Instance:
+    def new_concurrent(self, program: Program, context: Context) -> Instance:
+        """An instance in which calls do not wait for each other, whatever the flags of its TA. Raises OUT_OF_MEMORY."""
+        self._check_room(program, context.vm)
+        return self._new_instance(program, context, concurrent=True)
+
+    def _new_instance(self, program: Program, context: Context, *, concurrent: bool = False) -> Instance:
         ta = program.ta
+        concurrent |= program.uuid == SERVICES_UUID
         env = Environment(
             program.uuid,
             program.version,
@@ -609,8 +654,11 @@ class SoftTee:
         self._instances_of[context.vm] = self._instances_of.get(context.vm, 0) + 1
         self._loaded += program.loaded
         self._memory += ta.data_size
-        if ta.single_instance:
-            self._singles[program.uuid] = instance
+        if concurrent:
+            instance.concurrent = True
+            instance.owner = Task(None, context)  # never ends, so that nobody else waits for the instance
+        elif ta.single_instance:
+            self._singles[_key(program)] = instance
         return instance
 
     async def _enter_session(self, task: Task) -> object:
@@ -670,8 +718,9 @@ class SoftTee:
             self._calls[task.call] = task
         task.context.tasks.add(task)
         instance = session.instance
-        for other in (instance.owner, *instance.queue):
-            if isinstance(other, Task) and other.session is session:
+        others = session.context.tasks if instance.concurrent else (instance.owner, *instance.queue)
+        for other in tuple(others):
+            if isinstance(other, Task) and other.session is session and other is not task:
                 self._scheduler.cancel(other)
                 self._scheduler.give_up_client(other)
         self._acquire(task, instance)
@@ -683,6 +732,10 @@ class SoftTee:
     async def _leave_session(self, task: Task) -> None:
         """What runs for a CloseSession, inside the instance."""
         instance, session = task.instance, task.session
+        if instance.concurrent:
+            session.closer = task
+            while any(other.session is session and other is not task for other in session.context.tasks):
+                await suspend(Park(shielded=True))
         self._enter(task)
         try:
             await instance.ta.close_session(session.data)
@@ -694,8 +747,7 @@ class SoftTee:
         """``session`` no longer counts; with the last one the instance ends, unless it is kept alive."""
         if session is not None:
             instance.sessions.discard(session)
-        ta = instance.program.ta
-        if instance.sessions or (ta.single_instance and ta.keep_alive):
+        if instance.sessions or _stays(instance.program):
             return
         self._move_instance(instance, InstanceEvent.EMPTY, context)
         assert instance.ta is not None
@@ -746,12 +798,19 @@ class SoftTee:
     def _enter_invoke(self, task: Task) -> Any:
         """The coroutine of an Invoke. Not a coroutine itself: that would cost every call one more."""
         self._enter(task)
-        return task.instance.ta.invoke(task.session.data, task.call.func, task.params)  # type: ignore[union-attr]
+        instance = task.instance
+        running = instance.ta.invoke(task.session.data, task.call.func, task.params)  # type: ignore[union-attr]
+        return inside(instance.env, task, running) if instance.concurrent else running
 
     def _invoked(self, task: Task, _: object, error: BaseException | None) -> None:
         code, origin = self._outcome(task, error)
         self._release(task, task.instance)
         self._end_task(task, code, origin)
+        self._wake_closer(task.session)
+
+    def _wake_closer(self, session: Session) -> None:
+        if session.closer is not None:
+            self._scheduler.wake(session.closer, True)
 
     # Instances.
 
@@ -762,6 +821,8 @@ class SoftTee:
         task.instance = instance
         if instance.owner is None:
             instance.owner = task
+            self._scheduler.submit(task)
+        elif instance.concurrent:
             self._scheduler.submit(task)
         elif task.cancellable and self._asks_client(instance, task):
             self._scheduler.abandon(task, _waits_for_client())
@@ -805,10 +866,17 @@ class SoftTee:
         if not instance.sessions and instance.state == InstanceState.ALIVE and instance.owner is None:
             self._reap(context, instance)
 
+    def _retire(self, program: Program, context: Context) -> None:
+        """A service was replaced or removed: what was kept alive of it ends."""
+        program.retired = True
+        for instance in tuple(self._instances):
+            idle = not instance.sessions and instance.owner is None and not instance.concurrent
+            if instance.program is program and instance.state == InstanceState.ALIVE and idle:
+                self._reap(context, instance)
+
     def _reap(self, context: Context, instance: Instance) -> None:
         """End an instance whose last session went away before it was entered (its OpenSession was cancelled)."""
-        ta = instance.program.ta
-        if ta.single_instance and ta.keep_alive:
+        if _stays(instance.program):
             return
         task = Task(None, context)
         task.needs_thread = task.cancellable = False
@@ -845,8 +913,9 @@ class SoftTee:
             self._move_session(session, SessionEvent.PANIC)
 
     def _forget_instance(self, instance: Instance, context: Context) -> None:
-        if self._singles.get(instance.program.uuid) is instance:
-            del self._singles[instance.program.uuid]
+        key = _key(instance.program)
+        if self._singles.get(key) is instance:
+            del self._singles[key]
         self._instances.discard(instance)
         self._loaded -= instance.program.loaded
         self._memory -= instance.program.ta.data_size
@@ -859,12 +928,173 @@ class SoftTee:
         for session in tuple(instance.opened.sessions):
             self._end_opened(session, context)
 
+    # Services and server enclaves: calls, and what the pseudo-TA asks.
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What runs the calls (for the parts of this TEE)."""
+        return self._scheduler
+
+    def say(self, line: str) -> None:
+        """A line for whoever operates the TEE."""
+        self._log(line)
+
+    def move_instance(self, instance: Instance, event: InstanceEvent, context: Context) -> bool:
+        """What has happened to an enclave's instance; False where it cannot happen to it any more."""
+        if (instance.state, event) not in INSTANCE:
+            return False
+        self._move_instance(instance, event, context)
+        return True
+
+    def forget_machine(self, vm: str) -> None:
+        """See :class:`~tee.driver.OffersServices`."""
+        for program in self._services.forget(vm):
+            self._retire(program, Context(self, vm))
+
+    def _serve(self, call: ServiceCall) -> None:
+        context = self._context(call.context)
+        if context.desk is None:
+            context.desk = self._new_desk(context)
+        task = self._task(call, context)
+        task.session = context.desk
+        task.cancellable = type(call) in CANCELLABLE
+        task.needs_thread = task.cancellable
+        task.main, task.ended = self._enter_desk, self._served
+        self._acquire(task, context.desk.instance)
+
+    def _new_desk(self, context: Context) -> Session:
+        """The context's own session with the pseudo-TA; it closes with the context."""
+        program = self._built_in[SERVICES_UUID]
+        instance = self.new_concurrent(program, context)
+        instance.ta, instance.state = program.ta(instance.env), InstanceState.ALIVE
+        session = Session(context, instance, _OPEN)
+        context.sessions.add(session)
+        instance.sessions.add(session)
+        return session
+
+    def _enter_desk(self, task: Task) -> Any:
+        self._enter(task)
+        desk = task.instance.ta
+        assert isinstance(desk, Desk)
+        assert isinstance(task.call, ServiceCall)
+        return inside(task.instance.env, task, desk.serve(task, task.call, task.params))
+
+    def _served(self, task: Task, value: object, error: BaseException | None) -> None:
+        code, origin = self._outcome(task, error)
+        refusal = error.refusal if isinstance(error, RefusedError) else None
+        self._end_task(task, code, origin, value if code == Result.SUCCESS else refusal)
+        self._wake_closer(task.session)
+
+    def list_services(self, vm: str, first: int, most: int) -> ServiceList:
+        """The services that a machine sees: ``most`` at most, from the entry ``first`` on."""
+        programs = self._services.of(vm)
+        used = {
+            session.instance.program for context in self._contexts if context.vm == vm for session in context.sessions
+        }
+        used.update(enclave.instance.program for enclave in self.enclaves.of(vm))
+        return ServiceList(len(programs), [_listed(program, used) for program in programs[first : first + most]])
+
+    async def load_service(self, task: Task, given: MemoryReference) -> Loaded:
+        """Install a service from its signed package. It is verified, and used, as a private copy."""
+        if given.capacity > self._services.limit:
+            raise RefusedError(
+                Refusal.LIMIT, f"a package of {given.capacity} bytes; {self._services.limit} is the limit"
+            )
+        data = given.read()
+        task.masked = False
+        verified = await self._beside(task, lambda: self._services.verify(data))
+        replaced = self._services.install(task.context.vm, verified, len(data))
+        if replaced is not None:
+            self._retire(replaced, task.context)
+        return Loaded(verified.uuid, verified.version)
+
+    async def remove_service(self, task: Task, uuid: UUID) -> None:
+        """Remove a service that the machine has installed."""
+        vm = task.context.vm
+        program = self._services.check_removal(vm, uuid)
+        for instance in self._instances:
+            old = instance.program
+            in_use = instance.sessions or instance.concurrent or instance.owner is not None
+            if old.uuid == uuid and old.installed and instance.vm == vm and in_use:
+                raise RefusedError(Refusal.IN_USE, f"service {uuid} is in use")
+        self._services.remove(vm, uuid)
+        self._retire(program, task.context)
+
+    async def run_service(self, task: Task, uuid: UUID, client: Client, func: int, params: Sequence[TaParam]) -> None:
+        """Open a session for ``client``, invoke and close it."""
+        if client.login >= Login.TRUSTED_APP:
+            raise TeeError(Result.ACCESS_DENIED, Origin.TEE, "a client cannot say that it is a TA")
+        task.masked = False  # what is cancelled is the service's call, which has a mask of its own
+        session = await self._open_from(task, uuid, (), client)
+        try:
+            await self._invoke_from(task, session, func, params)
+        except GeneratorExit:
+            self._end_opened(session, task.context)
+            raise
+        except BaseException:
+            await self._close_masked(task, session)
+            raise
+        await self._close_masked(task, session)
+
+    async def _close_masked(self, task: Task, session: Session) -> None:
+        task.masked = True  # a session is closed also if its call was cancelled
+        await self._close_from(task, session)
+
+    async def attest_service(self, task: Task, uuid: UUID, nonce: bytes, room: MemoryReference) -> None:
+        """Sign a statement about a service, as the machine sees it now."""
+        program = self._services.seen(task.context.vm, uuid)
+        if program is None:
+            raise RefusedError(Refusal.NOT_FOUND, f"no service {uuid}")
+        if len(nonce) != NONCE_SIZE:
+            raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, f"a nonce has {NONCE_SIZE} bytes")
+        key = await self._key_to_attest(task)
+        size = attestation.size(key)
+        if room.capacity < size:
+            room.need(size)
+        digest = program.digest or measured(program.ta)
+        said = attestation.Statement(uuid, program.version, self.info.kind, digest)
+        room.put(await self._beside(task, lambda: attestation.make(key, said, nonce)))
+
+    async def _key_to_attest(self, task: Task) -> package.PrivateKey:
+        if self._attestation_key is None:
+            try:
+                made = await self._beside(task, lambda: package.keygen(package.algorithm_named("ecdsa-p256-sha256")))
+            except ImportError:
+                raise TeeError(Result.NOT_SUPPORTED, Origin.TEE, "there is no key to sign with") from None
+            if self._attestation_key is None:  # another call may have made one meanwhile
+                self._attestation_key = package.load_private_key(made.private)
+        return self._attestation_key
+
+    async def create_enclave(self, task: Task, uuid: UUID, name: bytes, flags: int) -> Enclave:
+        """A server enclave that runs a service that the machine sees."""
+        program = self._services.seen(task.context.vm, uuid)
+        if program is None:
+            raise RefusedError(Refusal.NOT_FOUND, f"no service {uuid}")
+        task.masked = False
+        return await self.enclaves.create(task, program, name, flags)
+
+    def acquire_enclave(self, env: Environment, name: str) -> Server:
+        """See :meth:`tee.soft.ta.Environment.acquire`."""
+        return self.enclaves.acquire(env.current().context.vm, name.encode())
+
+    async def call_enclave(
+        self, env: Environment, server: Server, regs: Sequence[int], memory: MemoryReference | None
+    ) -> CallReturn:
+        """See :meth:`tee.soft.ta.TaServer.call`."""
+        task = env.current()
+        client = Client(Login.TRUSTED_APP, env.uuid, task.context.vm)
+        return await self.enclaves.call(task, server, client, regs, memory)
+
+    async def release_enclave(self, env: Environment, server: Server) -> None:
+        """See :meth:`tee.soft.ta.TaServer.release`."""
+        await self.enclaves.release(env.current(), server)
+
     # What a TA asks of the TEE beside calls.
 
     def notify(self, env: Environment, value: int) -> None:
         """See :meth:`tee.soft.ta.Environment.notify`."""
         context: Context = env.current().context
-        if context.state is _CONTEXT_OPEN:
+        if context.state is _CONTEXT_OPEN and context in self._contexts:
             self._outbox.append(Notification(value, context.owner))
 
     async def ocall(self, env: Environment, function: int, params: Sequence[TaParam], timeout: float | None) -> int:  # noqa: ASYNC109
@@ -912,9 +1142,12 @@ class SoftTee:
     async def open_inner(self, env: Environment, uuid: UUID, params: Sequence[TaParam]) -> Session:
         """See :meth:`tee.soft.ta.Environment.open_session`."""
         task = env.current()
+        return await self._open_from(task, uuid, params, Client(Login.TRUSTED_APP, env.uuid, task.context.vm))
+
+    async def _open_from(self, task: Task, uuid: UUID, params: Sequence[TaParam], client: Client) -> Session:
+        """A session for the instance in which ``task`` is now, which acts for ``client``."""
         opener = self._inside(task)
         seen, pairs = pass_on(params)
-        client = Client(Login.TRUSTED_APP, env.uuid, task.context.vm)
         while True:
             instance = await self._instance_for(task, uuid)
             session = Session(opener.opened, instance)
@@ -949,7 +1182,9 @@ class SoftTee:
 
     async def invoke_inner(self, env: Environment, session: Session, command: int, params: Sequence[TaParam]) -> None:
         """See :meth:`tee.soft.ta.TaSession.invoke`."""
-        task = self._task_of_opener(env, session)
+        await self._invoke_from(self._task_of_opener(env, session), session, command, params)
+
+    async def _invoke_from(self, task: Task, session: Session, command: int, params: Sequence[TaParam]) -> None:
         if session.state == SessionState.DEAD:
             raise _target_dead()
         if session.state != _OPEN:
@@ -967,13 +1202,15 @@ class SoftTee:
 
     async def close_inner(self, env: Environment, session: Session) -> None:
         """See :meth:`tee.soft.ta.TaSession.close`."""
-        task = self._task_of_opener(env, session)
+        await self._close_from(self._task_of_opener(env, session), session)
+
+    async def _close_from(self, task: Task, session: Session) -> None:
         visit = Visit(task, session.instance, session)
         try:
             if session.state == _OPEN:
                 await self._visit(visit, lambda: self._close_inside(task, session), [])
         except TeeError as error:  # it was not reached, or panicked on the way
-            self._log(f"TA {env.uuid}: closing a session with {session.instance.program.uuid} ended with {error}")
+            self._log(f"closing a TA's session with {session.instance.program.uuid} ended with {error}")
         finally:
             self._go_out(visit)
         self._end_opened(session, task.context)
@@ -1003,11 +1240,14 @@ class SoftTee:
         """The instance with which another TA's session is opened, new or not."""
         if not isinstance(uuid, UUID):
             raise TeeError(Result.BAD_PARAMETERS, Origin.TEE, "a TA is named by a UUID")
+        if uuid == SERVICES_UUID:
+            raise TeeError(Result.ACCESS_DENIED, Origin.TEE, "TAs acquire enclaves by their environment")
         program: Program | None = None
         while True:
-            instance = self._singles.get(uuid)
+            installed = self._services.installed(task.context.vm, uuid)
+            instance = self._singles.get(installed or uuid)
             if instance is None:
-                program = program or self._built_in.get(uuid)
+                program = installed or program or self._built_in.get(uuid)
                 self._check_room(program, task.context.vm)
                 if program is not None:
                     return self._new_instance(program, task.context)
@@ -1046,7 +1286,7 @@ class SoftTee:
         """
         task, instance = visit.task, visit.instance
         visits = task.more().visits
-        if len(visits) >= self._limits.depth:
+        if len(visits) >= self.limits.depth:
             raise TeeError(Result.OUT_OF_MEMORY, Origin.TEE, f"{len(visits)} TAs call one another")
         if not await self._come_in(visit):
             return False
@@ -1094,11 +1334,12 @@ class SoftTee:
         if self._asks_client(instance, task):
             raise _waits_for_client()
         place: Instance | None = instance
+        line = lineage(task)
         while place is not None and place.owner is not None:
-            inside = place.owner.task if isinstance(place.owner, Visit) else place.owner
-            if inside is task:
+            occupant = place.owner.task if isinstance(place.owner, Visit) else place.owner
+            if occupant in line:
                 raise TeeError(Result.BUSY, Origin.TEE, "the TA waits for the one that calls it")
-            place = inside.more().parked_at
+            place = innermost(occupant).more().parked_at
         instance.visits.append(visit)
         task.more().parked_at = instance
         return bool(await suspend(Park()))
@@ -1129,7 +1370,7 @@ class SoftTee:
         elif visit in instance.visits:
             instance.visits.remove(visit)
 
-    def _end_visits(self, rare: Rare) -> None:
+    def end_visits(self, rare: Rare) -> None:
         """A task was ended from outside, and TAs kept the visits from being ended with it."""
         for visit in reversed(tuple(rare.visits)):
             self._panic(visit.instance, visit.task, None)
@@ -1173,6 +1414,23 @@ class _Begun:
 
 
 _MISSING = object()
+
+
+def _listed(program: Program, used: set[Program]) -> ListedService:
+    flags = ServiceFlag.LOADED if program.installed else ServiceFlag.BUILT_IN
+    if program in used:
+        flags |= ServiceFlag.IN_USE
+    return ListedService(program.uuid, program.version, program.ta.api_level, flags, program.ta.description)
+
+
+def _key(program: Program) -> UUID | Program:
+    """By what a single instance is found. An installed service is for one machine only, and in one version."""
+    return program if program.installed else program.uuid
+
+
+def _stays(program: Program) -> bool:
+    """Whether an instance outlives its last session."""
+    return program.ta.single_instance and program.ta.keep_alive and not program.retired
 
 
 def _target_dead() -> TeeError:

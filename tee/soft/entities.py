@@ -21,6 +21,9 @@ class Program:
     ta: type[TrustedApplication]
     version: int
     loaded: bool = False  #: it came in a package, and is here as long as its instances are
+    digest: bytes = b""  #: of its package
+    installed: bool = False  #: as a service: it belongs to one machine, and stays without instances
+    retired: bool = False  #: it was replaced or removed: no instance outlives its sessions
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +38,7 @@ class Context:
     sessions: set[Session] = field(default_factory=set)
     registrations: set[Registration] = field(default_factory=set)
     closer: Call | None = None
+    desk: Session | None = None  #: with the services pseudo-TA, for calls that are not made in a session
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +60,7 @@ class Instance:
     visits: deque[Visit] = field(default_factory=deque)
     queue: deque[Task] = field(default_factory=deque)
     sessions: set[Session] = field(default_factory=set)
+    concurrent: bool = False  #: calls do not wait for each other in it: a pseudo-TA of the TEE's own, or an enclave
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +85,7 @@ class Session:
     instance: Instance
     state: SessionState = SessionState.OPENING
     data: object = None
+    closer: Task | None = None  #: waits for the other calls in it, where calls do not wait for each other
 
 
 @dataclass(slots=True, eq=False)

@@ -17,6 +17,10 @@ class SoftLimits:
     objects: int = 1024  #: objects in the storage of one TA and machine
     object_size: int = 1 << 20  #: bytes of one object
     open_objects: int = 64  #: object handles of one instance
+    services: int = 64  #: services that a machine has installed
+    service_bytes: int = 16 << 20  #: bytes of their packages
+    enclaves: int = 1024  #: server enclaves that a machine has created
+    servers: int = 1024  #: server enclaves that a session or context has acquired
     depth: int = 8  #: TAs that call one another, beside the outermost
 
     def __post_init__(self) -> None:

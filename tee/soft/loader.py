@@ -115,7 +115,7 @@ def execute(ta: package.VerifiedTa) -> Program:
     found = _find(module)
     if getattr(found, "uuid", None) != ta.uuid:
         raise TeeError(Result.SECURITY, Origin.TEE, f"the package of {ta.uuid} holds a TA of another UUID")
-    return Program(ta.uuid, found, ta.version, loaded=True)
+    return Program(ta.uuid, found, ta.version, loaded=True, digest=ta.digest)
 
 
 def _find(module: types.ModuleType) -> type[TrustedApplication]:

@@ -91,7 +91,7 @@ class Panic(Exception):  # noqa: N818 - a panic is what it is
 class Rare:
     """What few tasks have."""
 
-    __slots__ = ("deadline", "lent", "parked_at", "visits", "why")
+    __slots__ = ("callee", "caller", "chain", "deadline", "lent", "parked_at", "visits", "why")
 
     def __init__(self) -> None:
         self.deadline = 0.0  # 0: it has not waited yet, or may take as long as it likes
@@ -100,6 +100,9 @@ class Rare:
         self.lent: list[Any] = []  # memory that its client has given it
         self.visits: list[Any] = []  # in other instances, by calls from TA to TA, outermost first
         self.parked_at: Any = None  # the instance that it waits for inside another one
+        self.caller: Task | None = None  # waits for this one, which is a call to an enclave
+        self.callee: Task | None = None  # the call to an enclave that it waits for
+        self.chain: tuple[Any, ...] = ()  # the enclaves that it is in, outermost first
 
 
 class Task:

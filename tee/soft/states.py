@@ -147,3 +147,33 @@ CONTEXT: dict[tuple[ContextState, ContextEvent], tuple[ContextState, str]] = {
     (ContextState.CLOSING_SESSIONS, ContextEvent.NO_SESSIONS): (ContextState.FREEING_MEMORY, "end_registrations"),
     (ContextState.FREEING_MEMORY, ContextEvent.NO_USERS): (ContextState.CLOSED, "context_closed"),
 }
+
+
+class EnclaveState(IntEnum):
+    """Where a server enclave stands."""
+
+    CREATING = 0  #: its name is taken; nobody finds it yet
+    OPEN = 1
+    DEAD = 2  #: it panicked; its creator has still to destroy it
+    ENDING = 3  #: its name is free; calls in it end
+    GONE = 4
+
+
+class EnclaveEvent(IntEnum):
+    """What can happen to it."""
+
+    CREATED = 0
+    FAILED = 1
+    PANIC = 2
+    DESTROY = 3
+    EMPTY = 4
+
+
+ENCLAVE: dict[tuple[EnclaveState, EnclaveEvent], tuple[EnclaveState, str]] = {
+    (EnclaveState.CREATING, EnclaveEvent.CREATED): (EnclaveState.OPEN, ""),
+    (EnclaveState.CREATING, EnclaveEvent.FAILED): (EnclaveState.GONE, "free_name"),
+    (EnclaveState.OPEN, EnclaveEvent.PANIC): (EnclaveState.DEAD, "end_calls"),
+    (EnclaveState.OPEN, EnclaveEvent.DESTROY): (EnclaveState.ENDING, "free_name_and_end_calls"),
+    (EnclaveState.DEAD, EnclaveEvent.DESTROY): (EnclaveState.ENDING, "free_name_and_end_calls"),
+    (EnclaveState.ENDING, EnclaveEvent.EMPTY): (EnclaveState.GONE, ""),
+}

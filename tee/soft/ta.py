@@ -30,6 +30,7 @@ from tee.memory import Memory
 from tee.params import Direction, Nothing, Param, Value
 from tee.results import Origin, Result, TeeError
 from tee.rpc import Rpc, RpcReply
+from tee.services import REGS, CallReturn
 from tee.soft.scheduler import CallOut, Sleep, Task, Yield, suspend
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UUID",
+    "CallReturn",
     "Client",
     "ClientMemory",
     "DataFlag",
@@ -48,6 +50,7 @@ __all__ = [
     "Origin",
     "Parameters",
     "Result",
+    "TaServer",
     "TaSession",
     "TeeError",
     "TrustedApplication",
@@ -199,6 +202,11 @@ class MemoryReference:
             except BufferError:  # a copy of the view is in use somewhere; it lives until the TA lets it go
                 continue
 
+    def revoke(self) -> None:
+        """Take away the bytes, too: nothing of them can be read or written through this object (for the TEE)."""
+        self.end()
+        self._memory, self.capacity = None, 0
+
     def _blame(self) -> NoReturn:
         """Whose fault was a ValueError of the memory: the client's, where it took the memory away, else the TA's."""
         if self._memory is not None and not self._memory.segments:
@@ -258,6 +266,17 @@ class Services(Protocol):
     async def work(self, env: Environment, function: Callable[[], Any]) -> Any:
         """Run what takes long beside the TEE."""
 
+    def acquire_enclave(self, env: Environment, name: str) -> Any:
+        """Find an enclave by its name."""
+
+    async def call_enclave(
+        self, env: Environment, server: Any, regs: Sequence[int], memory: MemoryReference | None
+    ) -> CallReturn:
+        """Call it."""
+
+    async def release_enclave(self, env: Environment, server: Any) -> None:
+        """Give it back."""
+
     async def ocall(self, env: Environment, function: int, params: Sequence[TaParam], timeout: float | None) -> int:  # noqa: ASYNC109
         """Ask the client for a function of its."""
 
@@ -301,6 +320,31 @@ class TaSession:
     ) -> None:
         if kind is not GeneratorExit:  # whoever is ended from outside cannot wait; the TEE closes it
             await self.close()
+
+
+class TaServer:
+    """A server enclave that a TA, or another enclave, has acquired."""
+
+    __slots__ = ("_env", "_server", "_services")
+
+    def __init__(self, env: Environment, services: Services, server: Any) -> None:
+        self._env = env
+        self._services = services
+        self._server = server
+
+    async def call(self, *regs: int, memory: MemoryReference | None = None) -> CallReturn:
+        """Call it with up to 8 register values of 64 bits (the others are 0), and memory (INOUT) that it reads and
+        writes in place while the call lasts.
+
+        :raises TeeError: what it ended with (origin TRUSTED_APP); TARGET_DEAD where it was destroyed or has panicked;
+            ACCESS_CONFLICT where it waits for this very call; OVERFLOW for more than 8 enclaves that call one another;
+            BAD_PARAMETERS; CANCEL as :meth:`Environment.checkpoint`
+        """
+        return await self._services.call_enclave(self._env, self._server, (*regs, *(0,) * (REGS - len(regs))), memory)
+
+    async def release(self) -> None:
+        """Give it back: calls by it are cancelled."""
+        await self._services.release_enclave(self._env, self._server)
 
 
 class ClientMemory:
@@ -435,6 +479,12 @@ class Environment:
         """
         return TaSession(self, self._services, await self._services.open_inner(self, uuid, params))
 
+    def acquire(self, name: str) -> TaServer:
+        """The server enclave of this name that the machine of the current call (of an enclave: its own) sees. Raises
+        TeeError ITEM_NOT_FOUND, ACCESS_DENIED, BAD_FORMAT.
+        """
+        return TaServer(self, self._services, self._services.acquire_enclave(self, name))
+
     def notify(self, value: int) -> None:
         """Send the asynchronous notification ``value`` (0 to 255) to the machine whose client made the current call.
         Nobody answers, and nothing waits; raised again before that machine has seen it, it comes once. BAD_PARAMETERS
@@ -532,6 +582,7 @@ class TrustedApplication:
     keep_alive: ClassVar[bool] = False
     data_size: ClassVar[int] = 32 << 10  #: bytes that an instance can have of ``env.allocate``
     description: ClassVar[str] = ""
+    api_level: ClassVar[int] = 0x0001_0001  #: the API that clients see: major version, and minor in the lower 16 bits
     properties: ClassVar[Mapping[str, str | int | bool]] = MappingProxyType({})  #: more of them, by name
 
     def __init__(self, env: Environment) -> None:
@@ -547,6 +598,15 @@ class TrustedApplication:
     async def invoke(self, session: Any, command: int, params: Parameters) -> None:
         """A client asks for ``command`` (32 bits)."""
         raise bad_command(command)
+
+    async def enclave_call(self, client: Client, regs: tuple[int, ...], memory: MemoryReference | None) -> CallReturn:
+        """A client, or another TA, calls the server enclave that this instance is: with 8 register values, and memory
+        to be used in place while the call lasts. A service that does not override this is no server.
+
+        Calls are concurrent: while one awaits something, others run. No RPC reaches the caller's client from here, and
+        its supplicant only where the enclave is of the same machine.
+        """
+        raise TeeError(Result.NOT_SUPPORTED, Origin.TRUSTED_APP, "this service is no server")
 
     async def close_session(self, session: Any) -> None:
         """A session ends. Its client may be gone already: RPCs and long waits are then refused."""

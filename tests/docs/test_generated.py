@@ -287,6 +287,7 @@ def test_a_test_of_an_unknown_requirement_is_an_error(elsewhere: Path, capsys: p
 def test_a_requirement_without_test_and_reason_is_an_error(
     elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("guest_driver.core.DRIVER_FEATURES", wire.Feature.INLINE)
     with (elsewhere / "docs/specification.md").open("a", encoding="utf-8") as file:
         file.write("\n- **[DEV-MEM-3]** It MUST be shown.\n- **[DRV-ENC-1]** It MUST wait.\n")
     assert generate.main([]) == 1

@@ -233,6 +233,7 @@ class Bench:
         built_in: Mapping[UUID, type[TrustedApplication]] | None = None,
         keys: Sequence[bytes] = (),
         trace: Trace | None = None,
+        **options: Any,
     ) -> None:
         self.clock = Clock()
         self.logs: list[str] = []
@@ -243,6 +244,7 @@ class Bench:
             built_in=examples.built_in() if built_in is None else built_in,
             threads=threads,
             log=self.logs.append,
+            **options,
         )
         self.router = Router(self.tee, self.clock)
         self.trace = trace
@@ -441,7 +443,7 @@ class Guest:
             body=body,
             tail=tail or pack_raw(params),
         )
-        room = response_size(kind, len(params), inline_out)
+        room = response_size(kind, len(params), inline_out, fields.get("max_entries", 0))
         sent = self.offer(int(kind.queue) if queue is None else queue, data + inline, room, tag, request)
         if run:
             self.bench.turn()

@@ -28,6 +28,8 @@ NOT_OVER_FFA = {
 }
 """Tests that are not for a TEE over FF-A, and why."""
 
+MODULES_NOT_OVER_FFA = {"test_service_requests": "there the pseudo-TA is the only way to services"}
+
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
@@ -48,7 +50,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return  # it sees to both itself
     if metafunc.cls is None or not issubclass(metafunc.cls, unittest.TestCase):
         kinds = {"at-once": SoftTee, "started": StartedOnly, "ffa": over_ffa}
-        if metafunc.definition.originalname in NOT_OVER_FFA:
+        module = metafunc.module.__name__.rpartition(".")[2]
+        if metafunc.definition.originalname in NOT_OVER_FFA or module in MODULES_NOT_OVER_FFA:
             del kinds["ffa"]
         metafunc.parametrize("tee_type", kinds.values(), ids=kinds, indirect=True)
 

@@ -12,13 +12,15 @@ from device.config import Config, Limits
 from device.messages import REQUESTS
 from device.requests import STATUS_RESULT
 from device.wire import NULL_REGION, PARAM_META, Feature, ParamType, Queue, RegionFlag, Request, Status
+from ffa.optee.client import FfaTeeDriver
+from host_backend.epoch import features_of
 from pyvhost.vring.api import Chain
 from tee.calls import Call, Client, CloseContext, Invoke, Login, UnregisterMemory
 from tee.driver import Done, GenCap, TeeInfo
 from tee.params import Nothing, Param, Value
 from tee.results import Origin, Result
 from tee.rpc import RpcCommand
-from tee.soft import examples
+from tee.soft import SoftTee, examples
 from tee.soft.ta import UUID, Direction, Parameters, TrustedApplication
 from tests.host_backend.bench import ALL, INLINE, PROBE, RAM, RAM_SIZE, Bench, Guest, Sent
 
@@ -51,7 +53,15 @@ class TestConfig:
 
     @requirement("DEV-FEA-2")
     def test_it_offers_what_it_serves(self, guest: Guest) -> None:
-        assert guest.device.features == int(Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION)
+        four = Feature.INLINE | Feature.RPC | Feature.OCALL | Feature.NOTIFICATION
+        services = Feature.SERVICES | Feature.ATTESTATION | Feature.ENCLAVES
+        assert guest.device.features == int(four | services if isinstance(guest.bench.tee, SoftTee) else four)
+
+    @requirement("DEV-FEA-2")
+    def test_a_tee_without_services(self, guest: Guest) -> None:
+        without = FfaTeeDriver.__new__(FfaTeeDriver)
+        assert not features_of(without) & (Feature.SERVICES | Feature.ATTESTATION | Feature.ENCLAVES)
+        assert features_of(guest.bench.tee) & ~Feature.FFA_HANDLE == Feature(guest.device.features)
 
 
 class TestFraming:

@@ -25,7 +25,13 @@ PROBE = examples.UUIDS["probe"]
 HELLO = examples.UUIDS["hello_world"]
 RANDOM = examples.UUIDS["random"]
 
-IDLE = {"calls": 0, "contexts": 0, "sessions": 0, "instances": 0, "registrations": 0, "rpcs": 0, "threads_busy": 0}
+IDLE = dict.fromkeys(
+    [
+        *("calls", "contexts", "sessions", "instances", "registrations", "rpcs", "services", "enclaves"),
+        "threads_busy",
+    ],
+    0,
+)
 
 
 class Bench:

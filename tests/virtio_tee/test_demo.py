@@ -132,3 +132,30 @@ def test_the_timeline_is_readable() -> None:
     ).stdout
     for words in ("who sent what to whom", "RPC LOAD_TA", "supplicant", "result: ok"):
         assert words in shown
+
+
+@pytest.mark.feature("Commands: `virtio-tee demo --scenario services|enclaves`, on both paths")
+@pytest.mark.parametrize("path", ["virtio", "ffa"])
+@pytest.mark.parametrize(
+    ("scenario", "last"), [("services", "remove it again: refused"), ("enclaves", "its name is gone")]
+)
+def test_services_and_enclaves(scenario: str, last: str, path: str) -> None:
+    code, seen = demo("--scenario", scenario, "--path", path)
+    assert code == 0, seen
+    assert (seen["result"], seen["path"]) == ("ok", path)
+    assert (seen["steps"][-1]["name"], seen["steps"][-1]["detail"]) == (last, "ITEM_NOT_FOUND")
+    assert all(step["ok"] for step in seen["steps"])
+    assert seen["rpcs"] == []  # what is loaded as a service is asked of nobody
+
+
+def test_a_scenario_that_fails() -> None:
+    code, seen = demo("--scenario", "services", "--without-ta", "stage")
+    assert (code, seen["result"]) == (1, "failed")
+    assert str(UUIDS["stage"]) in seen["why"]
+
+
+def test_scenarios_have_names() -> None:
+    from virtio_tee import attach
+    from virtio_tee.scenario import SCENARIOS, WITH_FILES
+
+    assert (*SCENARIOS, *WITH_FILES) == attach.SCENARIOS

@@ -10,6 +10,7 @@ hotp            484d4143-2d53-4841-3120-4a6f636b6542   OP-TEE's public example: 
 secure_storage  f4e750bb-1437-4fbf-8785-8d3580c34994   OP-TEE's public example: objects that outlive the TA
 acipher         a734eed9-d6a1-4244-aa50-7c99719e7b7b   OP-TEE's public example: ciphers with RSA
 ocall           6d9a1f57-0c5e-4c0b-9a0d-2f6f3b1c8e44   calls its client
+stage           5c6f5ab6-31a5-4d0f-9d44-0d3f1f0b6a27   a server enclave; enclaves call one another
 probe           3f0c8d2e-6a51-4b7c-9d14-8e2b7a90c5f6   for tests and benchmarks: one command for each kind of use
 ==============  =====================================  ==============================================================
 """
@@ -31,6 +32,7 @@ UUIDS = {
     "secure_storage": UUID("f4e750bb-1437-4fbf-8785-8d3580c34994"),
     "acipher": UUID("a734eed9-d6a1-4244-aa50-7c99719e7b7b"),
     "ocall": UUID("6d9a1f57-0c5e-4c0b-9a0d-2f6f3b1c8e44"),
+    "stage": UUID("5c6f5ab6-31a5-4d0f-9d44-0d3f1f0b6a27"),
     "probe": UUID("3f0c8d2e-6a51-4b7c-9d14-8e2b7a90c5f6"),
 }
 
