@@ -116,6 +116,8 @@ def test_all_examples(guest: Guest, backend: Backend) -> None:
         assert len(bytes.fromhex(first)) == len(bytes.fromhex(second)) == 256
         assert text.encode().hex() not in first
     assert seen["secure_storage"] == [True, "ITEM_NOT_FOUND"]
+    assert seen["ocall"] == [42, 5000, 34, "NOT_SUPPORTED"]
+    assert seen["stage"] == "NOT_SUPPORTED"
     loads = backend.ended("LOAD_TA")[before:]
     assert len(loads) == 2 * len(UUIDS)
     assert {(load["args"]["answered_by"], load["args"]["ret"]) for load in loads} == {("guest", "SUCCESS")}

@@ -81,7 +81,27 @@ def secure_storage(session):
     return [back, code_of(session, 0, TempIn(b"passing"), TempOut(100))]
 
 
-CALLS = (hello_world, random, probe, aes, hotp, acipher, secure_storage)
+def ocall(session):
+    """The TA has its client add, with values and in memory that the client allocates; then by generic RPC."""
+
+    def handler(asked):
+        if asked.function == 1:
+            asked.value(0).c = asked.value(0).a + asked.value(0).b
+        else:
+            asked.memory(0).write(b"\1" * asked.memory(0).capacity)
+
+    added = session.invoke(0, ValueInOut(1), ValueInOut(40, 2), ocalls=handler)[1].c
+    lent = session.invoke(1, ValueInOut(2, 5000), ocalls=handler)[0].c
+    generic = session.invoke(2, ValueInOut(1), ValueInOut(30, 4), ocalls=handler)[1].c
+    return [added, lent, generic, code_of(session, 0, ValueInOut(1))]
+
+
+def stage(session):
+    """It is for enclaves: a session can do nothing with it."""
+    return code_of(session, 0)
+
+
+CALLS = (hello_world, random, probe, aes, hotp, acipher, secure_storage, ocall, stage)
 
 
 def call(context):
