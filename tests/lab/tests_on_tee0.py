@@ -21,8 +21,8 @@ def step(guest: DrivenGuest, what: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.feature("Commands: `virtio-tee demo --device /dev/tee0`, the main job on a Linux TEE device")
-def test_the_demo_on_tee0(linux: DrivenGuest) -> None:
-    said = linux.run(["virtio-tee", "demo", "--device", "/dev/tee0", "--json"], timeout=120, check=False)
+def test_the_demo_on_tee0(unserved: DrivenGuest) -> None:
+    said = unserved.run(["virtio-tee", "demo", "--device", "/dev/tee0", "--json"], timeout=120, check=False)
     found = json.loads(said.stdout)
     assert found["result"] == "ok", found
     assert found["tee"] == "linux"
@@ -108,12 +108,12 @@ def test_the_broker_on_teepriv0(unserved: DrivenGuest) -> None:
     ]
 
 
-def test_no_such_device(linux: DrivenGuest) -> None:
-    said = linux.run(["virtio-tee", "serve", "-s", "/tmp/x", "--tee", "linux:/dev/tee7"], check=False)
+def test_no_such_device(unserved: DrivenGuest) -> None:
+    said = unserved.run(["virtio-tee", "serve", "-s", "/tmp/x", "--tee", "linux:/dev/tee7"], check=False)
     assert said.returncode == 1
     assert "there is /dev/tee0: name that one" in said.stderr
-    serving = supplicant(linux)
-    said = linux.run(["virtio-tee", "supplicant", "--device", "/dev/teepriv0"], check=False)
+    serving = supplicant(unserved)
+    said = unserved.run(["virtio-tee", "supplicant", "--device", "/dev/teepriv0"], check=False)
     assert said.returncode == 1
     assert "another supplicant has it" in said.stderr
     serving.kill()
