@@ -240,6 +240,18 @@ class TestLoad:
         assert two.version_of(bench.session(two.context, LOADED)) == 1
         assert one.version_of(session) == 9
 
+    def test_a_single_instance_is_the_machines_own(self, bench: Bench) -> None:
+        one, two = Client(bench, "one"), Client(bench, "two")
+        assert one.load(packed(VENDOR, 9, kept=True)).code == Result.SUCCESS
+        before = bench.tee.usage()["instances"]
+        for _ in range(2):
+            bench.session(one.context, LOADED)
+        assert bench.tee.usage()["instances"] == before + 1
+        call = bench.start(OpenSession(context=two.context, uuid=LOADED))
+        bench.run()
+        assert bench.ended(call) is None  # its supplicant is asked
+        assert bench.rpc().call is call
+
     def test_the_machines_end(self, bench: Bench) -> None:
         one, two = Client(bench, "one"), Client(bench, "two")
         for client in (one, two):
@@ -348,6 +360,19 @@ class TestTask:
         ended = [event.call for event in client.bench.events if isinstance(event, Done)]
         assert ended.index(call) < ended.index(closing.call)
         assert client.bench.tee.usage()["sessions"] == 0
+
+    def test_the_session_closes_in_one_that_masks_that(self, client: Client) -> None:
+        selector = given(TaskSelector.build({"uuid": Plain.uuid.bytes, "func": 3}))
+        call = client.begin(Command.SERVICE_TASK, selector)
+        client.bench.run()
+        closing = client.bench.start(CloseSession(session=client.session))
+        client.bench.run()
+        assert client.bench.ended(closing) is None
+        client.bench.now = 5
+        assert client.bench.finish(call).code == Result.SUCCESS
+        assert client.bench.finish(closing).code == Result.SUCCESS
+        ended = [event.call for event in client.bench.events if isinstance(event, Done)]
+        assert ended.index(call) < ended.index(closing)
 
     def test_tas_cannot_be_reached_that_are_for_tas(self, client: Client) -> None:
         assert client.task(GRPC_UUID, 0).code == Result.ACCESS_DENIED
