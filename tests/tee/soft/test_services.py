@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 from uuid import UUID
 
@@ -471,3 +472,42 @@ class TestCalls:
         assert bench.done(OpenSession(context=context, uuid=Plain.uuid)).code == Result.SUCCESS
         bench.done(CloseContext(context=context))
         assert bench.tee.usage() == IDLE
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_anything_at_all(seed: int) -> None:
+    """Whatever commands and parameters come, each call ends, nothing breaks, and nothing is left."""
+    bench = bench_of(threads=2)
+    draw = random.Random(seed)
+    clients = [Client(bench, vm) for vm in ("one", "two")]
+    package = packed(VENDOR)
+    pieces = [Plain.uuid.bytes, LOADED.bytes, bytes(16), b"name", b"\xff", b"", bytes(64), package, package[:70]]
+    pieces += [TaskSelector.build({"uuid": Plain.uuid.bytes, "func": func}) for func in range(4)]
+    pieces += [AttestSelector.build({"uuid": LOADED.bytes, "nonce": bytes(32)}), UUID(int=400).bytes]
+
+    def parameter() -> Param:
+        kind, direction = draw.randrange(5), draw.choice([IN, OUT, INOUT])
+        if kind == 0:
+            return Nothing()
+        if kind == 1:
+            return MemRef(direction, None, 0, draw.choice([0, 16, 1 << 40]))
+        if kind == 2:
+            return Value(direction, draw.choice([0, 1, 2, 3, 1 << 32, (1 << 64) - 1]), draw.randrange(3))
+        return given(draw.choice(pieces), direction)
+
+    calls = []
+    for _ in range(400):
+        client = draw.choice(clients)
+        calls.append(client.begin(draw.choice(list(Command)), *(parameter() for _ in range(draw.randrange(6)))))
+        for _ in range(draw.randrange(3)):
+            bench.tee.run()
+        bench.now += draw.random()
+    for client in clients:
+        bench.start(CloseContext(context=client.context))
+    bench.run(100_000)
+    assert all(bench.ended(call) is not None for call in calls)
+    assert not [line for line in bench.logged if "was ended" in line]
+    for vm in ("one", "two"):
+        bench.tee.forget_machine(vm)
+    bench.run()
+    assert bench.tee.usage() == IDLE
