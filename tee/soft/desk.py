@@ -107,15 +107,21 @@ class Desk(TrustedApplication):
         await self.tee.enclaves.destroy(task, enclave)
 
     def _acquire(self, task: Task, name: bytes) -> Server:
-        if len(self.servers) >= self.tee.limits.servers:
-            raise RefusedError(Refusal.LIMIT, f"{len(self.servers)} enclaves are acquired")
-        server = self.tee.enclaves.acquire(task.context.vm, name)
+        vm, acquired = task.context.vm, self.tee.enclaves.acquired
+        if acquired[vm] >= self.tee.limits.servers:
+            raise RefusedError(Refusal.LIMIT, f"machine {vm!r} has acquired {acquired[vm]} enclaves")
+        server = self.tee.enclaves.acquire(vm, name)
         server.ident = self._add(self.servers, server)
+        acquired[vm] += 1
         return server
 
     async def _release(self, task: Task, server: Server) -> None:
         if self.servers.pop(server.ident, None) is None:
             raise RefusedError(Refusal.NO_SESSION, "no such server")
+        acquired = self.tee.enclaves.acquired
+        acquired[task.context.vm] -= 1
+        if not acquired[task.context.vm]:
+            del acquired[task.context.vm]
         await self.tee.enclaves.release(task, server)
 
     async def _call(

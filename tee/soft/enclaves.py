@@ -6,6 +6,7 @@ without its caller, whichever side ends.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -110,6 +111,8 @@ class Enclaves:
         self._policy = policy
         self._limit = limit
         self._named: dict[str, list[Enclave]] = {}
+        self.acquired: Counter[str] = Counter()
+        """How many servers the clients of each machine have."""
 
     def count(self) -> int:
         """How many there are."""

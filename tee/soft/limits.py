@@ -20,7 +20,7 @@ class SoftLimits:
     services: int = 64  #: services that a machine has installed
     service_bytes: int = 16 << 20  #: bytes of their packages
     enclaves: int = 1024  #: server enclaves that a machine has created
-    servers: int = 1024  #: server enclaves that a session or context has acquired
+    servers: int = 4096  #: times that a machine's clients have acquired one, and not released it
     depth: int = 8  #: TAs that call one another, beside the outermost
 
     def __post_init__(self) -> None:

@@ -328,3 +328,13 @@ def test_every_warning_says_what_to_do() -> None:
         assert re.search(r"[;:] .*\b(look|tell|update|report|raise|restart|name|add)\b", text), f"{where}: {text}"
         said = [part for part in re.split(r"%[sd]", text.partition(";")[0]) if len(part) > 12]
         assert any(part.strip(" :") in OPERATION for part in said), f"{where} is not in docs/operation.md: {said}"
+
+
+def test_options_of_enclaves(tmp_path: Path) -> None:
+    for rule in ("x", "x:y", "a:b:c:d"):
+        refused = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--share-enclaves", rule])
+        assert refused.exit_code == 2
+        assert "NAMES:SHARERS:USERS" in refused.stderr
+    (tmp_path / "key").write_text("none")
+    refused = CliRunner().invoke(main, ["serve", "-s", str(tmp_path / "s"), "--attestation-key", str(tmp_path / "key")])
+    assert refused.exit_code == 2

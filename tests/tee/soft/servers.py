@@ -44,6 +44,8 @@ class Plain(TrustedApplication):
         if command == 2:
             self.env.unmask_cancellation()
             await self.env.sleep(1000)
+        elif command == 3:
+            await self.env.sleep(5)
         elif command == 0:
             value = params[0]
             value.a += value.b  # type: ignore[union-attr]

@@ -40,6 +40,10 @@ class Front(TrustedApplication):
         await server.release()
 
 
+class Back(Front):
+    uuid = UUID(int=411)
+
+
 class Client(Services):
     """A client that creates, acquires and calls."""
 
@@ -121,7 +125,7 @@ def acts() -> None:
 
 
 def bench_of(**options: Any) -> Bench:
-    return Bench(built_in={**SERVERS, Front.uuid: Front}, keys=[VENDOR.public], **options)
+    return Bench(built_in={**SERVERS, Front.uuid: Front, Back.uuid: Back}, keys=[VENDOR.public], **options)
 
 
 @pytest.fixture
@@ -184,7 +188,11 @@ class TestCreate:
         assert client.create(b"y").code == Result.OUT_OF_MEMORY
         server = client.acquired(b"x")
         assert client.acquire(b"x").code == Result.OUT_OF_MEMORY
+        other = Client(client.bench)  # of the same machine
+        assert other.acquire(b"x").code == Result.OUT_OF_MEMORY
         client.release(server)
+        other.acquired(b"x")
+        other.close()
         client.acquired(b"x")
 
     @pytest.mark.parametrize("how", ["session", "context"])
@@ -550,6 +558,33 @@ class TestChains:
         front = client.bench.session(client.context, Front.uuid)
         done = client.bench.invoke(front, OTHER, given(b"e0"), Value(INOUT, 1))
         assert done.code == Result.BUSY  # the TA waits for the enclave, which wants to open a session with it
+
+    def test_a_circle_of_two_calls(self, client: Client) -> None:
+        """Each is in a TA, whose enclave wants to enter the TA that the other one is in: one of them is told."""
+        codes: list[int] = []
+
+        async def cross(server: Server, caller: Caller, regs: Sequence[int], memory: object) -> CallReturn:
+            await server.env.sleep(1)
+            other = Back.uuid if caller.uuid == Front.uuid else Front.uuid
+            try:
+                async with await server.env.open_session(other):
+                    pass
+            except TeeError as error:
+                codes.append(error.code)
+            return CallReturn()
+
+        Server.acts[OTHER] = cross  # type: ignore[assignment]
+        client.created(b"x")
+        calls = []
+        for uuid in (Front.uuid, Back.uuid):
+            session = client.bench.session(client.context, uuid)
+            calls.append(Invoke(session=session, func=OTHER, params=[given(b"x"), Value(INOUT)]))
+        for call in calls:
+            client.bench.start(call)
+        client.bench.run()
+        client.bench.now = 2
+        assert [client.bench.finish(call).code for call in calls] == [Result.SUCCESS] * 2
+        assert codes == [Result.BUSY]
 
 
 class TestWhat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 from uuid import UUID
 
@@ -240,6 +241,18 @@ class TestLoad:
         assert two.version_of(bench.session(two.context, LOADED)) == 1
         assert one.version_of(session) == 9
 
+    def test_a_single_instance_is_the_machines_own(self, bench: Bench) -> None:
+        one, two = Client(bench, "one"), Client(bench, "two")
+        assert one.load(packed(VENDOR, 9, kept=True)).code == Result.SUCCESS
+        before = bench.tee.usage()["instances"]
+        for _ in range(2):
+            bench.session(one.context, LOADED)
+        assert bench.tee.usage()["instances"] == before + 1
+        call = bench.start(OpenSession(context=two.context, uuid=LOADED))
+        bench.run()
+        assert bench.ended(call) is None  # its supplicant is asked
+        assert bench.rpc().call is call
+
     def test_the_machines_end(self, bench: Bench) -> None:
         one, two = Client(bench, "one"), Client(bench, "two")
         for client in (one, two):
@@ -349,6 +362,19 @@ class TestTask:
         assert ended.index(call) < ended.index(closing.call)
         assert client.bench.tee.usage()["sessions"] == 0
 
+    def test_the_session_closes_in_one_that_masks_that(self, client: Client) -> None:
+        selector = given(TaskSelector.build({"uuid": Plain.uuid.bytes, "func": 3}))
+        call = client.begin(Command.SERVICE_TASK, selector)
+        client.bench.run()
+        closing = client.bench.start(CloseSession(session=client.session))
+        client.bench.run()
+        assert client.bench.ended(closing) is None
+        client.bench.now = 5
+        assert client.bench.finish(call).code == Result.SUCCESS
+        assert client.bench.finish(closing).code == Result.SUCCESS
+        ended = [event.call for event in client.bench.events if isinstance(event, Done)]
+        assert ended.index(call) < ended.index(closing)
+
     def test_tas_cannot_be_reached_that_are_for_tas(self, client: Client) -> None:
         assert client.task(GRPC_UUID, 0).code == Result.ACCESS_DENIED
         assert client.task(SERVICES_UUID, 0).code == Result.ACCESS_DENIED
@@ -446,3 +472,42 @@ class TestCalls:
         assert bench.done(OpenSession(context=context, uuid=Plain.uuid)).code == Result.SUCCESS
         bench.done(CloseContext(context=context))
         assert bench.tee.usage() == IDLE
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_anything_at_all(seed: int) -> None:
+    """Whatever commands and parameters come, each call ends, nothing breaks, and nothing is left."""
+    bench = bench_of(threads=2)
+    draw = random.Random(seed)
+    clients = [Client(bench, vm) for vm in ("one", "two")]
+    package = packed(VENDOR)
+    pieces = [Plain.uuid.bytes, LOADED.bytes, bytes(16), b"name", b"\xff", b"", bytes(64), package, package[:70]]
+    pieces += [TaskSelector.build({"uuid": Plain.uuid.bytes, "func": func}) for func in range(4)]
+    pieces += [AttestSelector.build({"uuid": LOADED.bytes, "nonce": bytes(32)}), UUID(int=400).bytes]
+
+    def parameter() -> Param:
+        kind, direction = draw.randrange(5), draw.choice([IN, OUT, INOUT])
+        if kind == 0:
+            return Nothing()
+        if kind == 1:
+            return MemRef(direction, None, 0, draw.choice([0, 16, 1 << 40]))
+        if kind == 2:
+            return Value(direction, draw.choice([0, 1, 2, 3, 1 << 32, (1 << 64) - 1]), draw.randrange(3))
+        return given(draw.choice(pieces), direction)
+
+    calls = []
+    for _ in range(400):
+        client = draw.choice(clients)
+        calls.append(client.begin(draw.choice(list(Command)), *(parameter() for _ in range(draw.randrange(6)))))
+        for _ in range(draw.randrange(3)):
+            bench.tee.run()
+        bench.now += draw.random()
+    for client in clients:
+        bench.start(CloseContext(context=client.context))
+    bench.run(100_000)
+    assert all(bench.ended(call) is not None for call in calls)
+    assert not [line for line in bench.logged if "was ended" in line]
+    for vm in ("one", "two"):
+        bench.tee.forget_machine(vm)
+    bench.run()
+    assert bench.tee.usage() == IDLE
