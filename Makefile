@@ -75,10 +75,12 @@ lab-qemu-linux: $(READY)
 		tests/lab/test_linux_fuzz.py
 	VIRTIO_TEE_ARCH=aarch64 $(RUN) -m pytest -q -m lab tests/lab/test_linux_driver.py tests/lab/test_linux_arm64.py
 
+UML_TESTS = tests/lab/test_uml.py tests/lab/test_uml_linux.py
+
 lab-uml: $(READY)
 	$(PYTHON) -m lab.hostdeps --for lab
 	$(RUN) -m lab.uml image
-	$(RUN) -m pytest -q -m lab -k "not pure" tests/lab/test_uml.py tests/lab/test_uml_linux.py
+	$(RUN) -m pytest -q -m lab -k "not (pure or entropy or backend_on_tee0 or many_guests or kill or broker or no_such_device or dies_while)" $(UML_TESTS)
 
 lab-optee: $(READY)
 	$(PYTHON) -m lab.hostdeps --for optee
