@@ -67,7 +67,11 @@ class Machine:
         self.runtime = self._stack.enter_context(TeeRuntime(driver))
 
     def close(self) -> None:
-        """Nothing is left anywhere."""
+        """Nothing is left anywhere. What a handler's thread has asked for may still be on its way."""
+        for _ in range(600):
+            if not any(self.driver.usage().values()):
+                break
+            time.sleep(0.005)
         self.runtime.close()
         assert not any(self.driver.usage().values()), self.driver.usage()
         self._stack.close()
