@@ -348,7 +348,7 @@ def test_cancelling_the_outer_call(session: Session, entered: threading.Event, r
 @pytest.mark.fault("ocall-silence")
 def test_a_handler_that_never_answers(session: Session, entered: threading.Event, release: threading.Event) -> None:
     with pytest.raises(CallError) as late:
-        session.invoke(TIMED, ValueInOut(1, 50), ocalls=waits(entered, release))
+        session.invoke(TIMED, ValueInOut(1, 500), ocalls=waits(entered, release))
     assert late.value.code == Result.COMMUNICATION
     assert entered.is_set()
     assert session.invoke(CALL, ValueInOut(7), ValueInOut(1, 2), ocalls=add)[1] == Words(1, 2, 3)

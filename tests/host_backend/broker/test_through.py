@@ -67,7 +67,7 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    with bench(tmp_path, guest_s=0.5) as it, ExitStack() as stack:
+    with bench(tmp_path, guest_s=2.0) as it, ExitStack() as stack:
         yield Host(stack, tmp_path, it)
 
 
@@ -130,7 +130,7 @@ class Stalls(Supplicant):
     """Takes longer than it may."""
 
     def serve(self, *args: Any) -> Any:
-        time.sleep(0.8)
+        time.sleep(2.5)
         return super().serve(*args)
 
 
