@@ -128,6 +128,8 @@ class TeeRuntime:
         self._finished = False  # close() has begun
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.Lock()
+        self._asleep = False  # for ever
         self._memory = _SupplicantMemory(self)
         self._names = next(_numbers)
         driver.attach(self._sink)
@@ -294,7 +296,9 @@ class TeeRuntime:
         self._owner.join(CLOSE_TIMEOUT)
         self._end_all()
         if not self._owner.is_alive():
-            os.close(self._wake)
+            with self._waking:  # others may be about to wake it, and its number may be another file's soon
+                self._asleep = True
+                os.close(self._wake)
 
     # The owner thread.
 
@@ -343,7 +347,9 @@ class TeeRuntime:
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
         if threading.current_thread() is not self._owner:
-            os.eventfd_write(self._wake, 1)
+            with self._waking:
+                if not self._asleep:
+                    os.eventfd_write(self._wake, 1)
 
     def _run_on_owner(self, action: Callable[[], None]) -> None:
         """Run ``action`` on the owner thread and wait for it; not at all where that thread has ended."""

@@ -59,9 +59,15 @@ class Storm:
     def closes_in_the_handler(self) -> None:
         context = self.context()
         session = context.open_session(OCALL)
-        close = self.random.choice([session.close, context.close])
-        pending = session.begin(CALL, ValueInOut(1), ocalls=lambda _: close())
+        close, closed = self.random.choice([session.close, context.close]), threading.Event()
+
+        def handler(ocall: Ocall) -> None:
+            close()
+            closed.set()
+
+        pending = session.begin(CALL, ValueInOut(1), ocalls=handler)
         self.ended(pending.wait)
+        assert closed.wait(10)
         context.close()
 
     def closes_while_memory_is_lent(self) -> None:

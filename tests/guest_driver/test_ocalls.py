@@ -362,12 +362,16 @@ def test_closing_it_in_the_handler(make: Callable[..., Machine], what: str) -> N
     session = context.open_session(OCALL)
     closes = {"session": session.close, "context": context.close}
 
+    closed = threading.Event()
+
     def handler(ocall: Ocall) -> None:
         closes[what]()
+        closed.set()
 
     pending = session.begin(CALL, ValueInOut(1), ocalls=handler)
     with pytest.raises(CallError) as ended:
         pending.wait(10)
+    assert closed.wait(10)
     assert ended.value.code in (Result.COMMUNICATION, Result.CANCEL)
     context.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -458,3 +459,18 @@ def test_the_supplicants_memory_after_the_tee_has_lost_its_state(tmp_path: Path)
         session(runtime, HELLO)
         tee.lose()
         session(runtime, HELLO)
+
+
+def test_what_comes_too_late_wakes_nobody() -> None:
+    """A thread that was about to wake the owner when the runtime was closed: the number is another file's by now."""
+    runtime = TeeRuntime(SoftTee(clock=time.monotonic, random=secrets.token_bytes))
+    runtime.close()
+    others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(64)]
+    try:
+        runtime._post(lambda: None)
+        for other in others:
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(other)
+    finally:
+        for other in others:
+            os.close(other)
