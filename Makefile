@@ -21,7 +21,7 @@ help:
 	@echo 'make lab-test  boot a real guest under a QEMU built from source (cached after the first time)'
 	@echo 'make lab-qemu-linux  build the kernel driver, run checkpatch on it, and try it in guests (x86-64, arm64)'
 	@echo 'make lab-uml   the part of it that runs under user-mode-linux, with the kernel driver (first time: 2 minutes)'
-	@echo 'make lab-optee  real OP-TEE, by SMC and by FF-A, in an arm64 machine; a guest VM in it (first time: 8 minutes)'
+	@echo 'make lab-optee  real OP-TEE, by SMC and by FF-A, in an arm64 machine; a guest VM in it'
 	@echo 'make docs      generate the tables of the documentation, and the man page, from the code'
 	@echo 'make clean     remove the virtual environment and caches of this folder'
 
